@@ -1,0 +1,622 @@
+"""The job contract: what a user asks for, what a job says of itself, and what comes back.
+
+Everything here is frozen, refuses unknown fields and needs no torch. Sizes are bytes, durations seconds,
+times RFC 3339 UTC.
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+
+Bits = Literal[2, 3, 4, 5, 6, 8]
+Format = Literal["auto", "compressed-tensors", "gptq", "gguf", "quantry"]
+Label = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Name = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
+class Model(BaseModel):
+    """Base of every record of the contract: immutable, strict about its fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class SpecError(ValueError):
+    """A request that no job can be made of. `path` names the field, as in `recipe.1.granularity`."""
+
+    def __init__(self, path: str, detail: str) -> None:
+        super().__init__(f"{path}: {detail}")
+        self.path = path
+        self.detail = detail
+
+
+class ModelRef(Model):
+    """Where the full-precision checkpoint is.
+
+    `bundled` names one that Quantry ships, `hub` a repository of the model hub, `local` a folder below one
+    of the server's QUANTRY_MODEL_ROOTS (absolute, or relative to a root).
+    """
+
+    source: Literal["hub", "bundled", "local"]
+    id: Name
+    revision: Name | None = Field(None, description="hub: branch, tag or commit; the job stores the commit")
+
+    @classmethod
+    def parse(cls, text: str) -> ModelRef:
+        """`bundled/opt-tiny`, `/folder` or `local:folder`, else `owner/name[@revision]` of the hub."""
+        if text.startswith("bundled/"):
+            return cls(source="bundled", id=text)
+        if text.startswith("/"):
+            return cls(source="local", id=text)
+        if text.startswith("local:"):
+            return cls(source="local", id=text.removeprefix("local:"))
+        name, _, revision = text.removeprefix("hub:").partition("@")
+        return cls(source="hub", id=name, revision=revision or None)
+
+
+class DatasetRef(Model):
+    """A text: plain (.txt), JSON lines (.jsonl) or Parquet (.parquet), and which part of it.
+
+    `split` of a bundled text is its own; of any other text `train` is the first nine tenths of its
+    documents (of its characters, if it is one document), `test` the last tenth, `all` the whole.
+    """
+
+    source: Literal["bundled", "local", "upload", "hub"]
+    id: Name
+    revision: Name | None = Field(None, description="hub: branch, tag or commit; the job stores the commit")
+    file: Name | None = Field(None, description="hub: the file inside the dataset repository")
+    split: Literal["train", "test", "all"] | None = Field(
+        None, description="null: train for calibration, test for evaluation"
+    )
+    field: Name = Field("text", description="jsonl and parquet: the field that holds a document")
+    separator: str | None = Field(
+        None, min_length=1, max_length=64, description="txt: the string between two documents"
+    )
+
+    @classmethod
+    def parse(cls, text: str) -> DatasetRef:
+        """`bundled/pydoc`, `/file`, `local:file`, `ds_...` of an upload, else `hub:owner/name:file`."""
+        if text.startswith("bundled/"):
+            return cls(source="bundled", id=text)
+        if text.startswith("/"):
+            return cls(source="local", id=text)
+        if text.startswith("local:"):
+            return cls(source="local", id=text.removeprefix("local:"))
+        if text.startswith("ds_"):
+            return cls(source="upload", id=text)
+        name, _, file = text.removeprefix("hub:").partition(":")
+        return cls(source="hub", id=name, file=file or None)
+
+
+class WeightGrid(Model):
+    """The grid of a weight-only step; shared by the steps that quantize weights."""
+
+    bits: Bits
+    group_size: int | None = Field(
+        None, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
+    )
+    symmetric: bool = True
+
+
+class RtnStep(WeightGrid):
+    """Round to nearest: each weight to the nearest point of its grid, no calibration data."""
+
+    method: Literal["rtn"] = "rtn"
+    clip: Literal["none", "mse"] = Field("none", description="mse: shrink each range to the least squared error")
+
+
+class GptqStep(WeightGrid):
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323), with the improvements that methods since then agree on."""
+
+    method: Literal["gptq"] = "gptq"
+    clip: Literal["none", "mse"] = Field("mse", description="mse: search each range, weighted by the Hessian")
+    act_order: Literal["static", "none"] = Field("static", description="static: largest Hessian diagonal first")
+    target: Literal["asymmetric", "plain"] = Field(
+        "asymmetric", description="asymmetric: reproduce the float layer's output from quantized inputs"
+    )
+    target_strength: float = Field(1.0, ge=0, le=1, description="share of the asymmetric shift that is applied")
+    damping: float = Field(0.01, gt=0, le=1, description="added to H, as a share of its mean diagonal")
+    block_size: int = Field(128, ge=1, le=4096, description="columns per lazy update")
+    true_sequential: bool = Field(True, description="inside a block, later layers see earlier ones quantized")
+    refinement: int = Field(
+        2, ge=0, le=16, description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ"
+    )
+
+
+class BiasCompensationStep(Model):
+    """Bias compensation (Gong et al. 2024, arXiv:2404.01892): the mean output error moves into a bias."""
+
+    method: Literal["bias_compensation"] = "bias_compensation"
+    granularity: Literal["channel", "position_channel"] = Field(
+        "channel", description="channel: merged, free; position_channel: as published, one bias per position"
+    )
+    targets: Literal["sequential", "published"] = Field(
+        "sequential", description="sequential: inputs the quantized network sees; published: float inputs"
+    )
+
+
+WeightStep = RtnStep | GptqStep
+Step = Annotated[RtnStep | GptqStep | BiasCompensationStep, Field(discriminator="method")]
+WEIGHT_METHODS = ("rtn", "gptq")
+CORRECTION_METHODS = ("bias_compensation",)
+
+
+class Calibration(Model):
+    """Windows of text that the quantizers see: `samples` windows of `sequence_length` tokens."""
+
+    dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="train")
+    samples: int = Field(128, ge=1, le=8192)
+    sequence_length: int | None = Field(
+        None, ge=8, le=131072, description="tokens a window; null: the model's context, at most 2048"
+    )
+    seed: int = Field(0, ge=0, le=2**31 - 1)
+
+
+class Evaluation(Model):
+    """Perplexity on non-overlapping windows of text; see docs/perplexity.md for the convention."""
+
+    dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
+    samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
+    sequence_length: int | None = Field(None, ge=8, le=131072, description="null: as the calibration")
+    metrics: tuple[Literal["perplexity"], ...] = ("perplexity",)
+    baselines: tuple[Literal["fp", "rtn"], ...] = ("fp", "rtn")
+    allow_overlap: bool = Field(False, description="true: evaluate though calibration saw the same text")
+
+
+class Accept(Model):
+    """A quality gate: a job that misses it ends as `rejected`; its files can still be read."""
+
+    perplexity_increase_max: float | None = Field(
+        None, gt=0, description="of quantized over full precision, relative: 0.1 is ten per cent"
+    )
+
+
+class Limits(Model):
+    """How long a job may wait, run, and run without progress."""
+
+    queue_s: int = Field(7 * 86400, ge=1, le=30 * 86400)
+    run_s: int = Field(24 * 3600, ge=1, le=7 * 86400)
+    no_progress_s: int = Field(1800, ge=1, le=86400)
+
+
+class JobSpec(Model):
+    """The full form of a job: what the server stores and a worker runs."""
+
+    model: ModelRef
+    recipe: tuple[Step, ...] = Field(min_length=1, max_length=8)
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Field(Evaluation(), description="null: no evaluation")
+    format: Format = "auto"
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: what the worker was started for")
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of the forwards; auto: bfloat16 products where the processor has them"
+    )
+    accept: Accept = Accept()
+    limits: Limits = Limits()
+    labels: dict[Label, Label] = Field({}, max_length=32)
+
+    @property
+    def weight_step(self) -> RtnStep | GptqStep:
+        """The one step that quantizes the weights; the validator sees to it that there is one."""
+        return next(step for step in self.recipe if isinstance(step, RtnStep | GptqStep))
+
+    @property
+    def compensation(self) -> BiasCompensationStep | None:
+        return next((step for step in self.recipe if isinstance(step, BiasCompensationStep)), None)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        check_recipe(self.recipe)
+        resolve_format(self.format, self.weight_step, self.compensation)
+        return self
+
+
+class JobRequest(Model):
+    """What `POST /v1/jobs` takes: the short form (`bits`, `method`, `correction`) or a full `recipe`."""
+
+    model: Name | ModelRef = Field(description="a name such as `bundled/opt-tiny`, or the full reference")
+    bits: Bits | None = None
+    method: Literal["rtn", "gptq"] | None = None
+    correction: Literal["bias_compensation"] | None = None
+    group_size: int | None = Field(None, ge=8, le=65536)
+    symmetric: bool | None = None
+    recipe: tuple[Step, ...] | None = Field(None, min_length=1, max_length=8)
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Evaluation()
+    format: Format = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    accept: Accept = Accept()
+    limits: Limits = Limits()
+    labels: dict[Label, Label] = Field({}, max_length=32)
+
+    def resolve(self) -> JobSpec:
+        """The full form. Raises SpecError, naming the field."""
+        model = ModelRef.parse(self.model) if isinstance(self.model, str) else self.model
+        short = {"bits", "method", "correction", "group_size", "symmetric"}
+        rest = {name: getattr(self, name) for name in type(self).model_fields if name not in short}
+        try:
+            return JobSpec(**{**rest, "model": model, "recipe": self.recipe or self._recipe()})
+        except ValidationError as error:
+            raise _spec_error(error) from error
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        named = [n for n in ("bits", "method", "correction", "group_size", "symmetric") if n in self.model_fields_set]
+        if self.recipe is not None and named:
+            raise ValueError(f"`recipe` is the full form: leave out {', '.join(f'`{n}`' for n in named)}")
+        if self.recipe is None and self.bits is None:
+            raise ValueError("give `bits` (with `method` and `correction`), or a `recipe`")
+        return self
+
+    def _recipe(self) -> tuple[Step, ...]:
+        assert self.bits is not None  # _one_form
+        method = self.method or "gptq"
+        symmetric = self.symmetric if self.symmetric is not None else self.format != "gptq"
+        step = RtnStep if method == "rtn" else GptqStep
+        weights = step(bits=self.bits, group_size=self.group_size, symmetric=symmetric)
+        return (weights, BiasCompensationStep()) if self.correction else (weights,)
+
+
+def _spec_error(error: ValidationError) -> SpecError:
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, SpecError):
+        return cause
+    path = ".".join(str(part) for part in first["loc"]) or "body"
+    return SpecError(path, first["msg"])
+
+
+def check_recipe(recipe: tuple[Step, ...]) -> None:
+    """One weight step, first; then each correction at most once. Raises SpecError."""
+    if recipe[0].method not in WEIGHT_METHODS:
+        raise SpecError("recipe.0", f"`{recipe[0].method}` corrects quantized weights: put `rtn` or `gptq` before it")
+    seen: set[str] = set()
+    for index, step in enumerate(recipe):
+        if index and step.method in WEIGHT_METHODS:
+            raise SpecError(f"recipe.{index}", f"a second weight step; `{recipe[0].method}` already quantizes the weights")
+        if step.method in seen:
+            raise SpecError(f"recipe.{index}", f"`{step.method}` stands twice")
+        seen.add(step.method)
+
+
+def resolve_format(
+    wanted: Format, weights: RtnStep | GptqStep, compensation: BiasCompensationStep | None
+) -> Literal["compressed-tensors", "gptq", "gguf", "quantry"]:
+    """The format that will be written. Raises SpecError if the one asked for cannot hold the result.
+
+    `auto` is compressed-tensors where it is exact (symmetric weights), else quantry. The model may still
+    move `auto` to quantry later, if the format has no place for its layers or biases.
+    """
+    per_position = compensation is not None and compensation.granularity == "position_channel"
+    if wanted == "auto":
+        return "compressed-tensors" if weights.symmetric and not per_position else "quantry"
+    if wanted == "quantry":
+        return wanted
+    if per_position:
+        raise SpecError("format", f"{wanted} has no place for a bias per position; use quantry, or granularity channel")
+    if wanted == "compressed-tensors" and not weights.symmetric:
+        raise SpecError(
+            "format", "packed asymmetric compressed-tensors do not load in transformers; use symmetric weights, gptq or quantry"
+        )
+    if wanted == "gptq" and weights.bits not in (2, 3, 4, 8):
+        raise SpecError("format", f"the GPTQ layout holds 2, 3, 4 or 8 bits, not {weights.bits}; use compressed-tensors or quantry")
+    if wanted == "gguf" and not (weights.symmetric and weights.group_size == 32 and weights.bits in (4, 8)):
+        raise SpecError("format", "GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32 exactly, nothing else")
+    return wanted
+
+
+def dividing_group_sizes(columns: int) -> list[int]:
+    """The usual group sizes that divide `columns`, largest first."""
+    return [size for size in (1024, 512, 256, 128, 96, 64, 48, 32, 16, 8) if columns % size == 0]
+
+
+class State(StrEnum):
+    """Where a job is. The moves between them are one table: `MOVES`."""
+
+    QUEUED = "queued"
+    PREPARING = "preparing"
+    CALIBRATING = "calibrating"
+    QUANTIZING = "quantizing"
+    CORRECTING = "correcting"
+    EVALUATING = "evaluating"
+    PACKAGING = "packaging"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+    EXPIRED = "expired"
+
+
+RUNNING = (
+    State.PREPARING,
+    State.CALIBRATING,
+    State.QUANTIZING,
+    State.CORRECTING,
+    State.EVALUATING,
+    State.PACKAGING,
+)
+FINISHED = (State.SUCCEEDED, State.FAILED, State.CANCELLED, State.REJECTED, State.EXPIRED)
+
+
+def _moves() -> dict[State, frozenset[State]]:
+    ends = {State.SUCCEEDED, State.REJECTED, State.FAILED, State.CANCELLING, State.CANCELLED, State.QUEUED}
+    table: dict[State, frozenset[State]] = {
+        State.QUEUED: frozenset({State.PREPARING, State.CANCELLED, State.EXPIRED, State.FAILED}),
+        State.CANCELLING: frozenset({State.CANCELLED, State.FAILED}),
+    }
+    for index, state in enumerate(RUNNING):  # forward only; QUEUED again when a worker was lost
+        table[state] = frozenset(ends | set(RUNNING[index + 1 :]))
+    retry = frozenset({State.QUEUED})
+    table.update({State.FAILED: retry, State.CANCELLED: retry, State.EXPIRED: retry, State.REJECTED: retry})
+    table[State.SUCCEEDED] = frozenset()
+    return table
+
+
+MOVES: dict[State, frozenset[State]] = _moves()
+
+
+class Progress(Model):
+    """How far the present stage is; `eta_s` is the estimate for the whole job."""
+
+    done: int = 0
+    total: int = 0
+    eta_s: float | None = None
+
+
+class JobError(Model):
+    """Why a job did not succeed. `type` is stable and short, such as `worker-lost` or `out-of-memory`."""
+
+    type: str
+    title: str
+    detail: str
+    retryable: bool = False
+
+
+class QualityRow(Model):
+    """One metric for full precision, round-to-nearest at the same bits, and the job's result."""
+
+    metric: str
+    dataset: str
+    samples: int
+    fp: float | None = None
+    rtn: float | None = None
+    quantized: float | None = None
+
+
+class JobRead(Model):
+    """A job as the API shows it."""
+
+    id: str
+    state: State
+    stage: str | None = None
+    progress: Progress = Progress()
+    attempt: int = 0
+    created_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    spec: JobSpec
+    labels: dict[str, str] = {}
+    error: JobError | None = None
+    quality: tuple[QualityRow, ...] | None = None
+    links: dict[str, str] = {}
+
+
+class JobPage(Model):
+    """One page of a list; `next` is the cursor of the following page."""
+
+    items: tuple[JobRead, ...]
+    next: str | None = None
+
+
+class Event(Model):
+    """One thing that happened to a job. `kind`: state, progress, log, warning, block, result."""
+
+    id: int
+    at: datetime
+    kind: str
+    data: dict[str, Any]
+
+
+class EventPage(Model):
+    items: tuple[Event, ...]
+
+
+class Attempt(Model):
+    """One run of a job by a worker. `outcome`: running, succeeded, failed, cancelled, rejected, lost."""
+
+    number: int
+    worker: str | None = None
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+    outcome: str | None = None
+    detail: str | None = None
+
+
+class AttemptPage(Model):
+    items: tuple[Attempt, ...]
+
+
+class FileEntry(Model):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Loader(Model):
+    """How to load the artifact: the package to install and the lines to run."""
+
+    package: str
+    version: str
+    snippet: str
+
+
+class Manifest(Model):
+    """`manifest.json`: every file of the artifact with its digest (but the manifest itself)."""
+
+    job: str | None
+    format: str
+    loader: Loader
+    files: tuple[FileEntry, ...]
+
+
+class LayerReport(Model):
+    """The output error of one layer over the calibration tokens, against its float output."""
+
+    name: str
+    bits: int
+    group_size: int | None
+    relative_mse: float
+    relative_mse_rtn: float | None = None
+    sqnr_db: float
+    mean_error_before: float | None = Field(None, description="rms over channels of the mean output error, before compensation")
+    mean_error_after: float | None = None
+    damping: float | None = Field(None, description="share of the mean diagonal that made the Hessian positive definite")
+    warnings: tuple[str, ...] = ()
+
+
+class BlockReport(Model):
+    """Error of the residual stream after one block, on calibration and evaluation windows."""
+
+    index: int
+    relative_mse: float
+    relative_mse_evaluation: float | None = None
+    relative_mse_rtn: float | None = None
+    mean_error: float
+    seconds: float
+
+
+class SizeReport(Model):
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float = Field(description="per quantized weight, with scales, zero-points and added biases")
+    quantized_weights: int
+    added_bias_bytes: int = 0
+
+
+class CostReport(Model):
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    quantize_wall_s: float | None = Field(None, description="the block sweep without its evaluation streams")
+    quantize_cpu_s: float | None = None
+
+
+class LayerPlan(Model):
+    """What a dry run says of one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    quantized: bool
+    reason: str | None = None
+
+
+class Estimate(Model):
+    """A dry run from the config and the safetensors headers: nothing is loaded, nothing is computed."""
+
+    spec: JobSpec
+    format: str
+    architecture: str
+    parameters: int
+    layers: tuple[LayerPlan, ...]
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float
+    peak_memory_bytes: int
+    seconds_low: float
+    seconds_high: float
+    warnings: tuple[str, ...] = ()
+
+
+class Report(Model):
+    """`report.json`: the proof that comes with a checkpoint."""
+
+    quality: tuple[QualityRow, ...]
+    size: SizeReport
+    layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...]
+    cost: CostReport
+    estimate: dict[str, Any] = {}
+    environment: dict[str, str]
+    fingerprint: str
+    format: str
+    warnings: tuple[str, ...] = ()
+    verification: dict[str, float | str] = {}
+
+
+class Succeeded(Model):
+    outcome: Literal["succeeded"] = "succeeded"
+    report: Report
+    manifest: Manifest
+
+
+class Rejected(Model):
+    """The artifact is whole, but it missed the quality gate that the job set."""
+
+    outcome: Literal["rejected"] = "rejected"
+    report: Report
+    manifest: Manifest
+    detail: str
+
+
+class Failed(Model):
+    outcome: Literal["failed"] = "failed"
+    error: JobError
+
+
+class Cancelled(Model):
+    outcome: Literal["cancelled"] = "cancelled"
+
+
+Outcome = Annotated[Succeeded | Rejected | Failed | Cancelled, Field(discriminator="outcome")]
+
+
+class MethodInfo(Model):
+    """One entry of `GET /v1/methods`."""
+
+    method: str
+    title: str
+    role: Literal["weights", "correction"]
+    families: tuple[str, ...]
+    formats: tuple[str, ...]
+    cost: Literal["none", "light", "medium", "heavy"]
+    paper: str | None
+    json_schema: dict[str, Any]
+
+
+class MethodPage(Model):
+    items: tuple[MethodInfo, ...]
+
+
+class DatasetRead(Model):
+    """An uploaded text: use its id as `{"source": "upload", "id": ...}`."""
+
+    id: str
+    name: str
+    bytes: int
+    sha256: str
+    documents: int
+    characters: int
+    created_at: datetime
+
+
+class DatasetPage(Model):
+    items: tuple[DatasetRead, ...]
+
+
+class Problem(BaseModel):
+    """RFC 9457 problem details."""
+
+    model_config = ConfigDict(extra="allow")
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str | None = None
+    instance: str | None = None
+    errors: list[dict[str, Any]] | None = None

@@ -1,0 +1,145 @@
+"""The model families that Quantry knows: where their blocks are, which layers share an input, which can hold a bias.
+
+Plain data, no torch: the server plans jobs with it, the worker runs them with it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantry.contract import SpecError
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type` of transformers.
+
+    groups: linear layers of a block in the order they run; the layers of one group share their input.
+    bias_switches: config key -> layers that get a bias when it is true; a layer in none has a fixed slot or none.
+    fixed_bias: layers that always have a bias.
+    transposed: weights are stored (in, out), as GPT-2's Conv1D does.
+    rehome: a `model_type` whose weights compute the same, with bias slots on every layer (if `_rehomable`).
+    """
+
+    model_type: str
+    architecture: str
+    base: str
+    blocks: str
+    groups: tuple[tuple[str, ...], ...]
+    bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    fixed_bias: tuple[str, ...] = ()
+    transposed: bool = False
+    rehome: str | None = None
+    gguf: bool = False
+    ignored: tuple[str, ...] = (r"rotary_emb\.(original_)?inv_freq$",)
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """Every quantized layer of a block, in the order it runs."""
+        return tuple(name for group in self.groups for name in group)
+
+    def canonical(self, name: str) -> str:
+        """The tensor's name in the causal LM, for checkpoints saved with or without the base prefix."""
+        known = name.startswith((f"{self.base}.", "lm_head."))
+        return name if known else f"{self.base}.{name}"
+
+    def is_ignored(self, name: str) -> bool:
+        """True for buffers that old checkpoints carry and the model computes itself."""
+        return any(re.search(pattern, name) for pattern in self.ignored)
+
+
+_QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_ATTENTION = (*_QKV, "self_attn.o_proj")
+_MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+_LLAMA_GROUPS = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+
+
+def _llama_like(model_type: str, architecture: str, **extra: Any) -> Family:
+    return Family(model_type, architecture, "model", "model.layers", _LLAMA_GROUPS, **extra)
+
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        Family(
+            "opt",
+            "OPTForCausalLM",
+            "model",
+            "model.decoder.layers",
+            (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+            bias_switches={"enable_bias": (*_QKV, "self_attn.out_proj", "fc1", "fc2")},
+        ),
+        _llama_like(
+            "llama", "LlamaForCausalLM", bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, gguf=True
+        ),
+        _llama_like("mistral", "MistralForCausalLM", rehome="llama"),
+        _llama_like("qwen2", "Qwen2ForCausalLM", fixed_bias=_QKV, rehome="llama"),
+        _llama_like("qwen3", "Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        _llama_like("gemma", "GemmaForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        _llama_like("gemma2", "Gemma2ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        _llama_like("gemma3_text", "Gemma3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        Family(
+            "gpt2",
+            "GPT2LMHeadModel",
+            "transformer",
+            "transformer.h",
+            (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+            fixed_bias=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+            transposed=True,
+            ignored=(r"\.attn\.(masked_)?bias$",),
+        ),
+        Family(
+            "gpt_neox",
+            "GPTNeoXForCausalLM",
+            "gpt_neox",
+            "gpt_neox.layers",
+            (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+            bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
+            fixed_bias=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            ignored=(r"\.attention\.(masked_)?bias$", r"rotary_emb\.(original_)?inv_freq$"),
+        ),
+    )
+}
+
+_SWITCH_DEFAULTS = {"enable_bias": True, "attention_bias": False, "mlp_bias": False}
+_NEOX_DEFAULTS = {"attention_bias": True}
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """The family of a `config.json`. Raises SpecError for remote code and unknown architectures."""
+    if "auto_map" in config:
+        raise SpecError("model", "config.json names remote code (`auto_map`); Quantry runs only models that transformers ships")
+    model_type = config.get("model_type")
+    if model_type not in FAMILIES:
+        raise SpecError("model", f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+    family = FAMILIES[model_type]
+    wanted = config.get("architectures")
+    if wanted and family.architecture not in wanted:
+        raise SpecError("model", f"a {wanted[0]} has no language-model head; Quantry needs a {family.architecture}")
+    return family
+
+
+def bias_slots(family: Family, config: Mapping[str, Any]) -> dict[str, bool]:
+    """Which layers of a block have a bias under this config."""
+    slots = {name: name in family.fixed_bias for name in family.linears}
+    defaults = _NEOX_DEFAULTS if family.model_type == "gpt_neox" else _SWITCH_DEFAULTS
+    for key, names in family.bias_switches.items():
+        if config.get(key, defaults[key]):
+            slots.update(dict.fromkeys(names, True))
+    return slots
+
+
+def rehome_target(family: Family, config: Mapping[str, Any]) -> Family | None:
+    """The family that computes the same with bias slots on every layer, or None where that is not exact."""
+    sliding = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
+    return FAMILIES[family.rehome] if family.rehome and not sliding else None
+
+
+def holds_added_biases(family: Family, config: Mapping[str, Any]) -> bool:
+    """Whether stock transformers keeps a bias on every quantized layer (switched on, or re-homed)."""
+    target = rehome_target(family, config) or family
+    switchable = {name for names in target.bias_switches.values() for name in names}
+    return set(target.linears) <= switchable | set(target.fixed_bias)

@@ -1,0 +1,36 @@
+"""What a job process is given: where to read, where to write, and nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from quantry.contract import JobSpec, Model
+
+
+class Workspace(Model):
+    """Folders and limits of one attempt.
+
+    artifact: an empty folder for this attempt's files. checkpoints: kept between the attempts of a job,
+    so that a later attempt resumes. cache: content-addressed downloads, shared by all jobs.
+    model_roots: the only folders that the `local` source may read. uploads: dataset id -> file.
+    """
+
+    artifact: Path
+    checkpoints: Path
+    cache: Path
+    model_roots: tuple[Path, ...] = ()
+    uploads: dict[str, Path] = {}
+    hub_url: str = "https://huggingface.co"
+    offline: bool = False
+    device: Literal["cpu", "cuda"] = "cpu"
+    threads: int | None = None
+
+
+class JobInput(Model):
+    """The first line of the job process's standard input."""
+
+    job: str
+    attempt: int
+    spec: JobSpec
+    workspace: Workspace

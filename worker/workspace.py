@@ -14,6 +14,7 @@ class Workspace(Model):
     artifact: an empty folder for this attempt's files. checkpoints: kept between the attempts of a job,
     so that a later attempt resumes. cache: content-addressed downloads, shared by all jobs.
     model_roots: the only folders that the `local` source may read. uploads: dataset id -> file.
+    hub_url: the model hub to ask, None for the public one.
     """
 
     artifact: Path
@@ -21,7 +22,7 @@ class Workspace(Model):
     cache: Path
     model_roots: tuple[Path, ...] = ()
     uploads: dict[str, Path] = {}
-    hub_url: str = "https://huggingface.co"
+    hub_url: str | None = None
     offline: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None

@@ -1,0 +1,363 @@
+"""The dry run: what a job would quantize and write, from the config and the tensors' shapes alone.
+
+`plan` is called by the server at submit and by the worker before it loads anything, so both refuse the
+same jobs in the same words. Needs no torch. Sizes are bytes of tensors as the format stores them; what a
+folder holds besides (tokenizer, reports) is not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from quantry.contract import (
+    Format,
+    GptqStep,
+    JobSpec,
+    LayerPlan,
+    RtnStep,
+    SpecError,
+    dividing_group_sizes,
+    resolve_format,
+)
+from quantry.families import Family, bias_slots, family_of, holds_added_biases, rehome_target
+from quantry.headers import DTYPE_BITS, TensorInfo
+
+DEFAULT_SEQUENCE_LENGTH = 2048
+_WRITTEN = Literal["compressed-tensors", "gptq", "gguf", "quantry"]
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_TIED_BY_DEFAULT = ("opt", "gemma", "gemma2", "gemma3_text", "gpt2")  # transformers' config classes
+_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
+_TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|lm_head|embed_out)\.weight$")
+_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe)\.weight$")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One linear layer that will be quantized: `rows` outputs, `columns` inputs, however it is stored."""
+
+    name: str
+    rows: int
+    columns: int
+    had_bias: bool
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a job will do. `spec` is the full form with every default that depends on the model filled in."""
+
+    spec: JobSpec
+    format: _WRITTEN
+    family: Family
+    written_family: Family
+    context: int | None
+    quantized: tuple[Layer, ...]
+    layers: tuple[LayerPlan, ...]
+    parameters: int
+    kept_parameters: int
+    vocabulary: int
+    hidden: int
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float
+    warnings: tuple[str, ...]
+
+
+def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Plan:
+    """Check a job against its model. Raises SpecError, naming the field and the layer."""
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "an unknown method")
+        raise SpecError(
+            "model", f"the checkpoint is already quantized ({method}); give the full-precision one"
+        )
+    family = family_of(config)
+    named = {family.canonical(name): info for name, info in tensors.items() if not family.is_ignored(name)}
+    if _tied(family, config):
+        named = {name: info for name, info in named.items() if not _HEAD.search(name)}
+    elif not any(_HEAD.search(name) for name in named):
+        raise SpecError(
+            "model",
+            "the checkpoint has no output head (lm_head), and its config does not tie it to the embeddings",
+        )
+    quantized = tuple(_layers(family, config, named))
+    weights = spec.weight_step
+    _check_groups(weights, quantized)
+    context = _context(config)
+    written, written_family = _format(spec, family, config, quantized)
+    resolved = _resolve_lengths(spec, context).model_copy(update={"format": written})
+    taken = {f"{layer.name}.weight" for layer in quantized}
+    kept = {name: info for name, info in named.items() if name not in taken}
+    layer_bits = sum(_layer_bits(layer, resolved, weights) for layer in quantized)
+    count = sum(layer.rows * layer.columns for layer in quantized)
+    stored = sum(
+        _stored_bytes(layer, written, weights) + _added_bias_bytes(layer, resolved) for layer in quantized
+    )
+    return Plan(
+        spec=resolved,
+        format=written,
+        family=family,
+        written_family=written_family,
+        context=context,
+        quantized=quantized,
+        layers=_layer_plans(family, quantized, kept),
+        parameters=sum(info.numel for info in named.values()),
+        kept_parameters=sum(info.numel for info in kept.values()),
+        vocabulary=_embedding_rows(kept),
+        hidden=_hidden(config),
+        fp_bytes=sum(info.nbytes for info in named.values()),
+        quantized_bytes=stored + sum(_kept_bytes(name, info) for name, info in kept.items()),
+        effective_bits=round(layer_bits / count, 4),
+        warnings=tuple(_warnings(spec, written, family, written_family, kept, resolved)),
+    )
+
+
+def added_bias(layer: Layer, spec: JobSpec) -> bool:
+    """Whether the job gives this layer a bias that the full-precision model does not have."""
+    return spec.compensation is not None and not layer.had_bias
+
+
+def _layers(family: Family, config: Mapping[str, Any], named: Mapping[str, TensorInfo]) -> Iterator[Layer]:
+    """The layers to quantize, block by block, in the order they run; each is there and has a sane shape."""
+    count = _first(config, "num_hidden_layers", "n_layer", "num_layers")
+    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
+    found = {int(match.group(1)) for name in named if (match := pattern.match(name))}
+    if not count or found != set(range(count)):
+        raise SpecError(
+            "model", f"config.json says {count} blocks, the checkpoint holds {len(found)} ({_ranges(found)})"
+        )
+    slots = bias_slots(family, config)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in range(count):
+        for linear in family.linears:
+            name = f"{family.blocks}.{block}.{linear}"
+            info = named.get(f"{name}.weight")
+            if info is None:
+                raise SpecError("model", f"the checkpoint lacks {name}.weight")
+            if len(info.shape) != 2 or 0 in info.shape:
+                raise SpecError("model", f"{name}.weight should be a matrix, its shape is {list(info.shape)}")
+            if shapes.setdefault(linear, info.shape) != info.shape:
+                raise SpecError(
+                    "model",
+                    f"{name}.weight has the shape {list(info.shape)}, block 0 has {list(shapes[linear])}",
+                )
+            if info.dtype not in _FLOATS:
+                raise SpecError(
+                    "model", f"{name}.weight is {info.dtype}; Quantry quantizes floating-point weights"
+                )
+            rows, columns = reversed(info.shape) if family.transposed else info.shape
+            if linear in family.groups[0] and columns != _hidden(config):
+                raise SpecError(
+                    "model",
+                    f"{name} has {columns} columns, config.json says a hidden size of {_hidden(config)}",
+                )
+            yield Layer(name, rows, columns, slots[linear], info.dtype)
+
+
+def _check_groups(weights: RtnStep | GptqStep, layers: tuple[Layer, ...]) -> None:
+    group = weights.group_size
+    wrong = next((layer for layer in layers if group and layer.columns % group), None)
+    if wrong is None:
+        return
+    columns = {layer.columns for layer in layers}
+    fitting = sorted(set.intersection(*(set(dividing_group_sizes(count)) for count in columns)), reverse=True)
+    sizes = ", ".join(map(str, fitting)) if fitting else "no usual size"
+    raise SpecError(
+        "recipe.0.group_size",
+        f"{group} does not divide the {wrong.columns} columns of {wrong.name}; {sizes} would divide every "
+        "layer, and null gives one scale a row",
+    )
+
+
+def _format(
+    spec: JobSpec, family: Family, config: Mapping[str, Any], layers: tuple[Layer, ...]
+) -> tuple[_WRITTEN, Family]:
+    """The format that can hold the result and the family it is written as. Raises SpecError."""
+    wanted = resolve_format(spec.format, spec.weight_step, spec.compensation)
+    adds = any(added_bias(layer, spec) for layer in layers)
+    reason = _unfit(wanted, family, config, layers, spec.weight_step, adds)
+    if reason and spec.format != "auto":
+        raise SpecError("format", f"{wanted} cannot hold this result: {reason}; use quantry or auto")
+    if reason or wanted == "quantry":
+        return "quantry", family
+    target = rehome_target(family, config) if adds else None
+    return wanted, target or family
+
+
+def _unfit(
+    wanted: Format,
+    family: Family,
+    config: Mapping[str, Any],
+    layers: tuple[Layer, ...],
+    weights: RtnStep | GptqStep,
+    adds_biases: bool,
+) -> str | None:
+    """Why a format cannot hold the result exactly, or None if it can."""
+    if wanted == "quantry":
+        return None
+    if family.transposed:
+        return f"{family.model_type} keeps its weights transposed, which the loaders of {wanted} do not"
+    if wanted == "gguf" and not family.gguf:
+        return f"GGUF is written for Llama models only, not for {family.model_type}"
+    if adds_biases and not holds_added_biases(family, config):
+        return f"{family.model_type} has no place for the biases that compensation adds"
+    if wanted == "gptq":
+        for layer in layers:
+            if layer.columns * weights.bits % 32 or layer.rows * weights.bits % 32:
+                return (
+                    f"GPTQ packs {weights.bits}-bit codes in words of 32 bits, which do not fit "
+                    f"{layer.name} with {layer.rows} rows and {layer.columns} columns"
+                )
+    return None
+
+
+def _resolve_lengths(spec: JobSpec, context: int | None) -> JobSpec:
+    """Window lengths that the model can take, filled in where the request left them open."""
+    calibration, evaluation = spec.calibration, spec.evaluation
+    limit = context or DEFAULT_SEQUENCE_LENGTH
+    length = calibration.sequence_length or min(limit, DEFAULT_SEQUENCE_LENGTH)
+    wanted = {"calibration": length}
+    if evaluation is not None:
+        wanted["evaluation"] = evaluation.sequence_length or length
+        evaluation = evaluation.model_copy(update={"sequence_length": wanted["evaluation"]})
+    for field, value in wanted.items():
+        if context and value > context:
+            raise SpecError(
+                f"{field}.sequence_length", f"{value} tokens are more than the model's context of {context}"
+            )
+    calibration = calibration.model_copy(update={"sequence_length": length})
+    return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation})
+
+
+def _layer_bits(layer: Layer, spec: JobSpec, weights: RtnStep | GptqStep) -> int:
+    """Bits of codes, float16 scales, zero-points and added biases, packed without padding."""
+    scales = layer.rows * _groups(layer, weights)
+    zeros = 0 if weights.symmetric else scales * weights.bits
+    return (
+        layer.rows * layer.columns * weights.bits + 16 * scales + zeros + 8 * _added_bias_bytes(layer, spec)
+    )
+
+
+def _stored_bytes(layer: Layer, written: _WRITTEN, weights: RtnStep | GptqStep) -> int:
+    """Bytes of the codes and grid parameters in the layout of the format (docs of each in worker/export)."""
+    bits, groups = weights.bits, _groups(layer, weights)
+    if written == "gguf":  # blocks of 32 codes with one float16 scale
+        return layer.rows * layer.columns // 32 * (4 * bits + 2)
+    scales = 2 * layer.rows * groups
+    if written == "gptq":  # qweight and qzeros in int32 words, g_idx int32 a column
+        return (
+            layer.rows * layer.columns * bits // 8
+            + groups * layer.rows * bits // 8
+            + scales
+            + 4 * layer.columns
+        )
+    if written == "compressed-tensors":  # int32 words a row, weight_shape int64[2]
+        return layer.rows * -(-layer.columns * bits // 32) * 4 + scales + 16
+    zeros = 0 if weights.symmetric else layer.rows * -(-groups * bits // 8)
+    return layer.rows * -(-layer.columns * bits // 8) + scales + zeros
+
+
+def _added_bias_bytes(layer: Layer, spec: JobSpec) -> int:
+    """float32 biases of layers that had none; a bias per position adds one for each token of a window."""
+    step = spec.compensation
+    if step is None:
+        return 0
+    positions = spec.calibration.sequence_length if step.granularity == "position_channel" else None
+    return 4 * layer.rows * ((positions or 0) + (0 if layer.had_bias or positions else 1))
+
+
+def _kept_bytes(name: str, info: TensorInfo) -> int:
+    """Embeddings and heads are stored with 16 bits; everything else as it came."""
+    halved = info.dtype in ("F32", "F64") and (_EMBEDDING.search(name) or _HEAD.search(name))
+    return info.numel * (16 if halved else DTYPE_BITS[info.dtype]) // 8
+
+
+def _layer_plans(
+    family: Family, quantized: tuple[Layer, ...], kept: Mapping[str, TensorInfo]
+) -> tuple[LayerPlan, ...]:
+    plans = [
+        LayerPlan(name=layer.name, shape=(layer.rows, layer.columns), quantized=True) for layer in quantized
+    ]
+    for name, info in kept.items():
+        if len(info.shape) == 2:
+            if _HEAD.search(name):
+                reason = "the output head stays in full precision"
+            elif _EMBEDDING.search(name):
+                reason = "embeddings stay in full precision"
+            else:
+                reason = f"not one of the linear layers of a {family.model_type} block"
+            shape = (info.shape[0], info.shape[1])
+            plans.append(
+                LayerPlan(name=name.removesuffix(".weight"), shape=shape, quantized=False, reason=reason)
+            )
+    return tuple(plans)
+
+
+def _warnings(
+    spec: JobSpec,
+    written: _WRITTEN,
+    family: Family,
+    written_family: Family,
+    kept: Mapping[str, TensorInfo],
+    resolved: JobSpec,
+) -> Iterator[str]:
+    if written == "quantry":
+        yield "the quantry format loads in transformers after `import quantry`; other runtimes do not read it"
+    if written_family is not family:
+        yield (
+            f"written as {written_family.architecture}: it computes the same and has a place for the biases "
+            f"that compensation adds, which {family.architecture} has not"
+        )
+    if spec.compensation and spec.compensation.granularity == "position_channel":
+        positions = resolved.calibration.sequence_length
+        yield f"a bias per position is stored for each of {positions} positions, in float32"
+    sixteen = [name for name, info in kept.items() if _kept_bytes(name, info) < info.nbytes]
+    if sixteen:
+        yield f"stored as float16 instead of float32: {', '.join(sixteen)}"
+
+
+def _groups(layer: Layer, weights: RtnStep | GptqStep) -> int:
+    return layer.columns // weights.group_size if weights.group_size else 1
+
+
+def _tied(family: Family, config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings", family.model_type in _TIED_BY_DEFAULT))
+
+
+def _context(config: Mapping[str, Any]) -> int | None:
+    return _first(config, "max_position_embeddings", "n_positions")
+
+
+def _hidden(config: Mapping[str, Any]) -> int:
+    width = _first(config, "hidden_size", "n_embd")
+    if width is None:
+        raise SpecError("model", "config.json does not say the hidden size")
+    return width
+
+
+def _embedding_rows(kept: Mapping[str, TensorInfo]) -> int:
+    return max((info.shape[0] for name, info in kept.items() if _TOKENS.search(name)), default=0)
+
+
+def _first(config: Mapping[str, Any], *keys: str) -> int | None:
+    """The first of several spellings of a size. Raises SpecError if it is not a positive whole number."""
+    for key in keys:
+        value = config.get(key)
+        if value is not None:
+            if type(value) is not int or value < 1:
+                raise SpecError("model", f"config.json: {key} is {value!r}, not a positive whole number")
+            return value
+    return None
+
+
+def _ranges(found: set[int]) -> str:
+    """Indices for a message: `0-3, 5`."""
+    parts: list[list[int]] = []
+    for index in sorted(found):
+        if parts and index == parts[-1][-1] + 1:
+            parts[-1][1:] = [index]
+        else:
+            parts.append([index])
+    return ", ".join("-".join(map(str, part)) for part in parts) or "none"

@@ -1,0 +1,215 @@
+"""What people see: tables, and the live line of a job."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from quantry.contract import (
+    FINISHED,
+    DatasetRead,
+    Estimate,
+    JobRead,
+    Manifest,
+    MethodInfo,
+    QualityRow,
+    Report,
+    State,
+)
+from quantry.wording import bytes_text, change_text, number_text, recipe_text, seconds_text, spec_text
+
+STYLES = {
+    State.SUCCEEDED: "green",
+    State.FAILED: "red",
+    State.REJECTED: "red",
+    State.EXPIRED: "red",
+    State.CANCELLED: "yellow",
+    State.CANCELLING: "yellow",
+    State.QUEUED: "dim",
+}
+
+
+class LiveJob:
+    """The progress of a job on stderr: a bar in a terminal, a line for each new stage in a log."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._line = ""
+        self._task: TaskID | None = None
+        self._bar = Progress(
+            SpinnerColumn(),
+            TextColumn("[bold]{task.fields[state]}"),
+            TextColumn("{task.fields[stage]}"),
+            BarColumn(bar_width=32),
+            TextColumn("{task.fields[count]}"),
+            TimeElapsedColumn(),
+            TextColumn("[dim]{task.fields[eta]}"),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+
+    def __enter__(self) -> LiveJob:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def show(self, job: JobRead) -> None:
+        progress = job.progress
+        eta = f"about {seconds_text(progress.eta_s)} left" if progress.eta_s else ""
+        stage = job.stage if job.stage and job.stage != job.state.value else ""
+        count = f"{progress.done}/{progress.total}" if progress.total else ""
+        if self._console.is_terminal:
+            fields: dict[str, Any] = {"state": job.state.value, "stage": stage, "count": count, "eta": eta}
+            total = progress.total or None
+            if self._task is None:
+                self._task = self._bar.add_task("job", total=total, completed=progress.done, **fields)
+            else:
+                self._bar.update(self._task, total=total, completed=progress.done, **fields)
+            return
+        line = " ".join(part for part in (job.state.value, stage and f"({stage})") if part)
+        if line != self._line:
+            self._line = line
+            now = datetime.now(UTC).strftime("%H:%M:%S")
+            self._console.print(" ".join(p for p in (now, line, count, eta) if p), markup=False)
+
+
+def show_job(console: Console, job: JobRead) -> None:
+    """One job, its end or how far it is, and its quality."""
+    console.print(f"[bold]{job.id}[/]  {_state(job.state)}  {spec_text(job.spec)}")
+    if job.error:
+        console.print(f"{job.error.title} ({job.error.type}): {job.error.detail}", style="red", markup=False)
+        if job.error.retryable:
+            console.print(f"It can be tried again: quantry retry {job.id}", markup=False)
+    if job.state not in FINISHED and job.stage:
+        progress = f" {job.progress.done}/{job.progress.total}" if job.progress.total else ""
+        console.print(f"{job.stage}{progress}", style="dim", markup=False)
+    if job.quality:
+        console.print(quality_table(job.quality))
+
+
+def quality_table(rows: Sequence[QualityRow]) -> Table:
+    """Full precision, round-to-nearest and the result, with the changes against full precision."""
+    table = Table(title="Quality", title_justify="left", title_style="bold")
+    table.add_column("metric")
+    table.add_column("text")
+    for name in ("FP", "RTN", "quantized"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        table.add_row(
+            row.metric,
+            f"{row.dataset} ({row.samples} windows)",
+            number_text(row.fp),
+            _with_change(row.rtn, row.fp),
+            f"[bold]{_with_change(row.quantized, row.fp)}[/]",
+        )
+    return table
+
+
+def show_report(console: Console, report: Report) -> None:
+    """The figures that decide whether a checkpoint is good enough; the page has the rest."""
+    for warning in report.warnings:
+        console.print(f"warning: {warning}", style="yellow", markup=False)
+    console.print(quality_table(report.quality))
+    size = report.size
+    ratio = size.fp_bytes / size.quantized_bytes if size.quantized_bytes else 0
+    console.print(
+        f"size {bytes_text(size.quantized_bytes)} of {bytes_text(size.fp_bytes)} ({ratio:.2f}× smaller), "
+        f"{size.effective_bits:.3f} bits a weight, format {report.format}"
+    )
+    cost = report.cost
+    console.print(
+        f"took {seconds_text(cost.wall_s)} ({seconds_text(cost.cpu_s)} of CPU), "
+        f"at most {bytes_text(cost.peak_rss_bytes)} of memory"
+    )
+    worst = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:5]
+    if worst:
+        table = Table(title="Layers with the largest output error", title_justify="left", title_style="bold")
+        table.add_column("layer")
+        for name in ("bits", "SQNR (dB)", "relative MSE", "of RTN"):
+            table.add_column(name, justify="right")
+        for layer in worst:
+            mse, rtn = layer.relative_mse, layer.relative_mse_rtn
+            table.add_row(
+                layer.name, str(layer.bits), f"{layer.sqnr_db:.1f}", f"{mse:.3g}", change_text(mse, rtn)
+            )
+        console.print(table)
+
+
+def show_estimate(console: Console, estimate: Estimate) -> None:
+    """What a job would do, before it is submitted."""
+    kept = [layer for layer in estimate.layers if not layer.quantized]
+    spec = estimate.spec
+    console.print(f"[bold]{spec.model.id}[/] ({estimate.architecture}, {estimate.parameters:,} parameters)")
+    console.print(f"recipe   {recipe_text(spec.recipe)}")
+    console.print(f"layers   {len(estimate.layers) - len(kept)} quantized, {len(kept)} kept")
+    console.print(
+        f"size     {bytes_text(estimate.quantized_bytes)} of {bytes_text(estimate.fp_bytes)}, "
+        f"{estimate.effective_bits:.3f} bits a weight, format {estimate.format}"
+    )
+    console.print(f"memory   at most {bytes_text(estimate.peak_memory_bytes)}")
+    console.print(f"time     {seconds_text(estimate.seconds_low)} to {seconds_text(estimate.seconds_high)}")
+    for layer in kept:
+        console.print(f"kept     {layer.name}: {layer.reason}", style="dim", markup=False)
+    for warning in estimate.warnings:
+        console.print(f"warning  {warning}", style="yellow", markup=False)
+
+
+def jobs_table(jobs: Iterable[JobRead]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "state", "model", "recipe", "perplexity", "created"):
+        table.add_column(name, justify="right" if name == "perplexity" else "left", overflow="fold")
+    for job in jobs:
+        quality = job.quality[0] if job.quality else None
+        figure = _with_change(quality.quantized, quality.fp) if quality else ""
+        created = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
+        recipe = recipe_text(job.spec.recipe)
+        table.add_row(job.id, _state(job.state), job.spec.model.id, recipe, figure, created)
+    return table
+
+
+def methods_table(methods: Iterable[MethodInfo]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("method", "role", "what", "cost", "families", "formats", "paper"):
+        table.add_column(name, overflow="fold")
+    for method in methods:
+        families, formats = ", ".join(method.families), ", ".join(method.formats)
+        table.add_row(
+            method.method, method.role, method.title, method.cost, families, formats, method.paper or ""
+        )
+    return table
+
+
+def datasets_table(datasets: Iterable[DatasetRead]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("id", "name", "size", "documents", "characters", "sha256"):
+        table.add_column(name, justify="right" if name in ("size", "documents", "characters") else "left")
+    for d in datasets:
+        table.add_row(d.id, d.name, bytes_text(d.bytes), str(d.documents), f"{d.characters:,}", d.sha256[:12])
+    return table
+
+
+def show_manifest(console: Console, manifest: Manifest, folder: str) -> None:
+    total = sum(entry.bytes for entry in manifest.files)
+    console.print(
+        f"{len(manifest.files)} files, {bytes_text(total)}, checked by sha256, in {folder}", markup=False
+    )
+    console.print(f"\nTo load it ({manifest.loader.package} {manifest.loader.version}):\n", markup=False)
+    console.print(manifest.loader.snippet, markup=False)
+
+
+def _state(state: State) -> str:
+    style = STYLES.get(state, "cyan")
+    return f"[{style}]{state.value}[/]"
+
+
+def _with_change(value: float | None, base: float | None) -> str:
+    change = change_text(value, base)
+    return number_text(value) + (f" ({change})" if change else "")

@@ -1,0 +1,1 @@
+"""What the server and the worker both use; the only part of `app` that the worker imports."""

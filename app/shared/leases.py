@@ -1,0 +1,352 @@
+"""The life of a job as its worker sees it: claim, heartbeat, finish; and what follows when the worker dies.
+
+A claim is a lease with an epoch. Every later write carries the epoch as a fencing token: once the lease has
+lapsed and the job was given to another worker, writes of the first are refused and change nothing.
+Each function is one short transaction; `now` is for tests, as in `jobs.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import ColumnElement, func, select, update
+from sqlalchemy.orm import Session
+
+from app.shared import database
+from app.shared.database import transaction
+from app.shared.moves import append_events, close_attempt, move
+from app.shared.tables import Dataset, Job, JobAttempt
+from quantry.contract import (
+    RUNNING,
+    Cancelled,
+    DatasetRef,
+    Failed,
+    JobError,
+    JobSpec,
+    Outcome,
+    Progress,
+    Rejected,
+    State,
+    Succeeded,
+)
+
+LEASE = timedelta(seconds=60)
+MAX_ATTEMPTS = 3
+_HELD = (*RUNNING, State.CANCELLING)
+
+
+class Signal(StrEnum):
+    """What a worker has to do with the job it holds."""
+
+    CONTINUE = "continue"
+    CANCEL = "cancel"
+    LOST = "lost"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that was given to a worker. `uploads`: id of a text it names -> its blob's (sha256, suffix)."""
+
+    job_id: str
+    epoch: int
+    worker: str
+    spec: JobSpec
+    uploads: Mapping[str, tuple[str, str]]
+
+    @property
+    def conditions(self) -> tuple[ColumnElement[bool], ...]:
+        """True of the row only as long as nobody has claimed the job since."""
+        return (Job.epoch == self.epoch, Job.worker == self.worker)
+
+
+@dataclass(frozen=True)
+class Step:
+    """Where a job is: its state, that state in words, and how far it is."""
+
+    state: State
+    stage: str
+    progress: Progress
+
+
+def claim(
+    session: Session,
+    job_id: str,
+    *,
+    worker: str,
+    lease: timedelta = LEASE,
+    max_attempts: int = MAX_ATTEMPTS,
+    now: datetime | None = None,
+) -> Claim | None:
+    """Take the job if it is queued, or if its lease has lapsed; None if there is nothing to take.
+
+    A message may come twice: the second finds nothing.
+    """
+    with transaction(session):
+        now = now or database.now(session)
+        _lapse(session, [job_id], max_attempts, now)
+        values = {
+            "epoch": Job.epoch + 1,
+            "tries": Job.tries + 1,
+            "worker": worker,
+            "lease_until": now + lease,
+        }
+        values |= {"started_at": func.coalesce(Job.started_at, now), "stage": None, "done": 0, "total": 0}
+        alive = [Job.expires_at > now]
+        job = move(session, job_id, [State.QUEUED], State.PREPARING, now=now, conditions=alive, values=values)
+        if job is None:
+            return None
+        session.add(
+            JobAttempt(job_id=job_id, number=job.epoch, worker=worker, started_at=now, outcome="running")
+        )
+        spec = JobSpec.model_validate(job.spec)
+        return Claim(job_id, job.epoch, worker, spec, _uploads(session, spec, job.owner))
+
+
+def _uploads(session: Session, spec: JobSpec, owner: str) -> dict[str, tuple[str, str]]:
+    texts: list[DatasetRef] = [spec.calibration.dataset]
+    if spec.evaluation is not None:
+        texts.append(spec.evaluation.dataset)
+    ids = [text.id for text in texts if text.source == "upload"]
+    if not ids:
+        return {}
+    rows = session.scalars(select(Dataset).where(Dataset.id.in_(ids), Dataset.owner == owner))
+    return {row.id: (row.sha256, row.suffix) for row in rows}
+
+
+def signal(session: Session, claim: Claim) -> Signal:
+    """Whether the claim still holds and the job is still wanted; a read that takes no lock."""
+    with transaction(session, write=False):
+        state = session.scalar(select(Job.state).where(Job.id == claim.job_id, *claim.conditions))
+    return _signal(state)
+
+
+def _signal(state: str | None) -> Signal:
+    if state is None or state not in _HELD:
+        return Signal.LOST
+    return Signal.CANCEL if state == State.CANCELLING else Signal.CONTINUE
+
+
+def heartbeat(
+    session: Session,
+    claim: Claim,
+    *,
+    step: Step | None = None,
+    events: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    lease: timedelta = LEASE,
+    now: datetime | None = None,
+) -> Signal:
+    """Renew the lease and store what is new: the step that the job is at, and events.
+
+    Raises ForbiddenMove if the step goes back to an earlier state.
+    """
+    with transaction(session):
+        now = now or database.now(session)
+        job = _held(session, claim)
+        if job is None:
+            return Signal.LOST
+        values: dict[str, Any] = {"lease_until": now + lease}
+        if step is None or job.state == State.CANCELLING:
+            _touch(session, claim, values)
+        else:
+            values |= _columns(step)
+            if step.state == job.state:
+                changed = any(getattr(job, name) != value for name, value in _columns(step).items())
+                _touch(
+                    session,
+                    claim,
+                    values | ({"version": Job.version + 1, "updated_at": now} if changed else {}),
+                )
+                events = [*events, ("progress", _shown(step))] if changed else events
+            else:
+                conditions = claim.conditions
+                move(
+                    session,
+                    job.id,
+                    [State(job.state)],
+                    step.state,
+                    now=now,
+                    conditions=conditions,
+                    values=values,
+                    data=_shown(step),
+                )
+        append_events(session, job, events, now)
+        return _signal(job.state)
+
+
+def _held(session: Session, claim: Claim) -> Job | None:
+    """The row under lock, or None if the claim is stale."""
+    states = [state.value for state in _HELD]
+    query = select(Job).where(Job.id == claim.job_id, Job.state.in_(states), *claim.conditions)
+    return session.scalars(query.with_for_update().execution_options(populate_existing=True)).one_or_none()
+
+
+def _touch(session: Session, claim: Claim, values: Mapping[str, Any]) -> None:
+    statement = update(Job).where(Job.id == claim.job_id, *claim.conditions).values(**values)
+    session.execute(statement.execution_options(synchronize_session=False))
+
+
+def _columns(step: Step) -> dict[str, Any]:
+    progress = step.progress
+    return {"stage": step.stage, "done": progress.done, "total": progress.total, "eta_s": progress.eta_s}
+
+
+def _shown(step: Step) -> dict[str, Any]:
+    return {"state": step.state.value, **_columns(step)}
+
+
+def finish(
+    session: Session,
+    claim: Claim,
+    outcome: Outcome,
+    *,
+    artifact: str | None = None,
+    now: datetime | None = None,
+) -> State | None:
+    """Record how the job ended and return its final state; None if the claim is stale (nothing is written).
+
+    A job that is being cancelled ends as cancelled, whatever the outcome. `artifact` is kept only by
+    `succeeded` and `rejected`: with any other result the caller removes it.
+    """
+    with transaction(session):
+        now = now or database.now(session)
+        job = _held(session, claim)
+        if job is None:
+            return None
+        if job.state == State.CANCELLING:
+            outcome = Cancelled()
+        to, values, detail = _ending(outcome, artifact)
+        conditions = claim.conditions
+        move(session, job.id, [State(job.state)], to, now=now, conditions=conditions, values=values)
+        if isinstance(outcome, Succeeded | Rejected):
+            append_events(session, job, [("result", {"quality": values["quality"]})], now)
+        close_attempt(session, job.id, claim.epoch, to.value, detail, now)
+        return to
+
+
+def _ending(outcome: Outcome, artifact: str | None) -> tuple[State, dict[str, Any], str | None]:
+    """The final state, the columns that say more, and a line for the list of attempts."""
+    match outcome:
+        case Succeeded() | Rejected():
+            if artifact is None:
+                raise ValueError(f"a job that {outcome.outcome} has an artifact")
+            quality = [row.model_dump(mode="json") for row in outcome.report.quality]
+            values: dict[str, Any] = {"artifact": artifact, "quality": quality, "error": None}
+            if isinstance(outcome, Succeeded):
+                return State.SUCCEEDED, values, None
+            gate = JobError(
+                type="quality-gate", title="The result missed its quality gate", detail=outcome.detail
+            )
+            return State.REJECTED, values | {"error": gate.model_dump(mode="json")}, outcome.detail
+        case Failed(error=error):
+            return State.FAILED, {"error": error.model_dump(mode="json")}, f"{error.type}: {error.detail}"
+        case Cancelled():
+            return State.CANCELLED, {"error": None}, None
+
+
+def release(session: Session, claim: Claim, detail: str, *, now: datetime | None = None) -> State | None:
+    """Give the job back unfinished, as a worker does that is told to stop. Not counted as a try."""
+    with transaction(session):
+        now = now or database.now(session)
+        job = _held(session, claim)
+        if job is None:
+            return None
+        to = State.CANCELLED if job.state == State.CANCELLING else State.QUEUED
+        values = {"tries": Job.tries - 1} if to is State.QUEUED else {}
+        conditions = claim.conditions
+        move(session, job.id, [State(job.state)], to, now=now, conditions=conditions, values=values)
+        close_attempt(
+            session, job.id, claim.epoch, "lost" if to is State.QUEUED else "cancelled", detail, now
+        )
+        return to
+
+
+def requeue_lapsed(
+    session: Session, *, max_attempts: int = MAX_ATTEMPTS, now: datetime | None = None
+) -> list[str]:
+    """Take jobs back from workers that fell silent, and return the ids of those that are queued again.
+
+    After `max_attempts` runs a job fails as worker-lost; one that was being cancelled is cancelled.
+    """
+    with transaction(session, write=False):
+        now = now or database.now(session)
+        states = [state.value for state in _HELD]
+        lapsed = select(Job.id).where(Job.state.in_(states), Job.lease_until <= now).limit(100)
+        ids = list(session.scalars(lapsed))
+    if not ids:
+        return []
+    with transaction(session):
+        return _lapse(session, ids, max_attempts, now)
+
+
+def _lapse(session: Session, ids: Sequence[str], max_attempts: int, now: datetime) -> list[str]:
+    states = [state.value for state in _HELD]
+    query = select(Job).where(Job.id.in_(ids), Job.state.in_(states), Job.lease_until <= now)
+    query = query.with_for_update(skip_locked=True).execution_options(populate_existing=True)
+    queued = []
+    for job in session.scalars(query).all():
+        worker, epoch, tries, source = job.worker, job.epoch, job.tries, State(job.state)
+        values: dict[str, Any] = {}
+        if source is State.CANCELLING:
+            to = State.CANCELLED
+        elif tries >= max_attempts:
+            to = State.FAILED
+            detail = (
+                f"{tries} workers were lost while they ran this job, the last one {worker}; see its attempts"
+            )
+            error = JobError(type="worker-lost", title="The workers were lost", detail=detail, retryable=True)
+            values["error"] = error.model_dump(mode="json")
+        else:
+            to = State.QUEUED
+            queued.append(job.id)
+        move(session, job.id, [source], to, now=now, conditions=[Job.epoch == epoch], values=values)
+        close_attempt(session, job.id, epoch, "lost", f"worker {worker} fell silent", now)
+    return queued
+
+
+def forfeit(session: Session, worker: str, *, now: datetime | None = None) -> int:
+    """End the leases of a worker that is known to be dead, because one of the same name starts now."""
+    with transaction(session):
+        now = now or database.now(session)
+        states = [state.value for state in _HELD]
+        statement = (
+            update(Job)
+            .where(Job.worker == worker, Job.state.in_(states))
+            .values(lease_until=now)
+            .returning(Job.id)
+        )
+        return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
+
+
+def expire_queued(session: Session, *, now: datetime | None = None) -> list[str]:
+    """End jobs that waited in the queue for longer than their limit, and return their ids."""
+    with transaction(session, write=False):
+        now = now or database.now(session)
+        late = select(Job.id).where(Job.state == State.QUEUED.value, Job.expires_at <= now).limit(100)
+        ids = list(session.scalars(late))
+    if not ids:
+        return []
+    error = JobError(
+        type="queue-limit",
+        title="The job waited too long",
+        detail="no worker took the job within limits.queue_s; retry it, or check that a worker is running",
+        retryable=True,
+    )
+    values = {"error": error.model_dump(mode="json")}
+    with transaction(session):
+        moved = [
+            move(
+                session,
+                job_id,
+                [State.QUEUED],
+                State.EXPIRED,
+                now=now,
+                conditions=[Job.expires_at <= now],
+                values=values,
+            )
+            for job_id in ids
+        ]
+    return [job.id for job in moved if job is not None]

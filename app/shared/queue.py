@@ -1,0 +1,94 @@
+"""The Celery app. A message is a doorbell: it carries the id of a job to look at, nothing else.
+
+The row in the database is the queue, so a lost, doubled or reordered message does no harm.
+"""
+
+from __future__ import annotations
+
+import logging
+from functools import lru_cache
+from typing import cast
+from urllib.parse import urlsplit, urlunsplit
+
+from celery import Celery
+from kombu import Exchange, Queue
+from kombu.exceptions import KombuError, OperationalError
+from kombu.transport import virtual
+from redis.exceptions import RedisError
+
+from app.shared.settings import WEEK_S, get_settings
+
+log = logging.getLogger(__name__)
+
+QUANTIZE = "quantry.quantize"
+QUEUE = Queue("quantry", Exchange("quantry", type="direct"), routing_key="quantry")
+BROKER_ERRORS = (OperationalError, KombuError, RedisError, OSError)
+
+
+def make_celery(broker_url: str | None) -> Celery:
+    """An app without result backend that keeps one unacknowledged message per worker."""
+    app = Celery("quantry", broker=_broker(broker_url), set_as_current=False)
+    app.conf.update(
+        accept_content=["json"],
+        task_serializer="json",
+        task_ignore_result=True,
+        task_queues=(QUEUE,),
+        task_default_queue=QUEUE.name,
+        task_default_exchange="quantry",
+        task_default_routing_key="quantry",
+        task_acks_late=True,
+        task_reject_on_worker_lost=True,
+        worker_prefetch_multiplier=1,
+        worker_cancel_long_running_tasks_on_connection_loss=False,
+        worker_hijack_root_logger=False,
+        worker_send_task_events=False,
+        task_send_sent_event=False,
+        broker_connection_retry_on_startup=True,
+        broker_connection_max_retries=None,
+        broker_transport_options={
+            "visibility_timeout": WEEK_S + 86400,  # above the longest run: contract.Limits.run_s
+            "socket_connect_timeout": 2,
+            "socket_timeout": 10,
+            "socket_keepalive": True,
+            "health_check_interval": 10,
+        },
+    )
+    return app
+
+
+def _broker(url: str | None) -> str:
+    """Celery's spelling of the address: redis-py says unix://, Celery redis+socket://."""
+    if url is None:
+        return "memory://"
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(scheme="redis+socket")) if parts.scheme == "unix" else url
+
+
+@lru_cache
+def celery() -> Celery:
+    """The app of this process, on the broker of its settings."""
+    return make_celery(get_settings().redis_url)
+
+
+def ring(job_id: str) -> bool:
+    """Tell the workers to look at a job, once and without waiting for a broker that is away.
+
+    False if the message was not sent: there is no broker (a process that only reads), or it did not answer.
+    The row stays in the outbox, and the dispatcher rings again.
+    """
+    if get_settings().redis_url is None:
+        return False
+    try:
+        celery().send_task(QUANTIZE, args=[job_id], queue=QUEUE.name, retry=False, ignore_result=True)
+    except BROKER_ERRORS as error:
+        log.warning("the broker did not take the announcement of %s: %s", job_id, error)
+        return False
+    return True
+
+
+def waiting() -> int:
+    """Messages that no worker has taken yet. Raises one of BROKER_ERRORS."""
+    with celery().connection_for_write() as connection:
+        connection.ensure_connection(max_retries=1, timeout=2)
+        channel = cast(virtual.Channel, connection.default_channel)
+        return int(channel.queue_declare(queue=QUEUE.name, durable=True).message_count)

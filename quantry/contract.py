@@ -119,7 +119,6 @@ class GptqStep(WeightGrid):
     )
     target_strength: float = Field(1.0, ge=0, le=1, description="share of the asymmetric shift that is applied")
     damping: float = Field(0.01, gt=0, le=1, description="added to H, as a share of its mean diagonal")
-    block_size: int = Field(128, ge=1, le=4096, description="columns per lazy update")
     true_sequential: bool = Field(True, description="inside a block, later layers see earlier ones quantized")
     refinement: int = Field(
         2, ge=0, le=16, description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ"
@@ -465,14 +464,17 @@ class Manifest(Model):
 
 
 class LayerReport(Model):
-    """The output error of one layer over the calibration tokens, against its float output."""
+    """The output error of one layer in the quantized network, against the float network, on held-out windows.
+
+    Without an evaluation nothing is held out and the errors are null.
+    """
 
     name: str
     bits: int
     group_size: int | None
-    relative_mse: float
+    relative_mse: float | None = None
     relative_mse_rtn: float | None = None
-    sqnr_db: float
+    sqnr_db: float | None = None
     mean_error_before: float | None = Field(None, description="rms over channels of the mean output error, before compensation")
     mean_error_after: float | None = None
     damping: float | None = Field(None, description="share of the mean diagonal that made the Hessian positive definite")
@@ -480,13 +482,17 @@ class LayerReport(Model):
 
 
 class BlockReport(Model):
-    """Error of the residual stream after one block, on calibration and evaluation windows."""
+    """Error of the residual stream after one block, against the float network's.
+
+    relative_mse: on the calibration windows. relative_mse_evaluation, relative_mse_rtn: on the evaluation
+    windows. mean_error: rms over channels of the mean error. Null where nothing was measured.
+    """
 
     index: int
-    relative_mse: float
+    relative_mse: float | None = None
     relative_mse_evaluation: float | None = None
     relative_mse_rtn: float | None = None
-    mean_error: float
+    mean_error: float | None = None
     seconds: float
 
 
@@ -534,8 +540,10 @@ class Estimate(Model):
 
 
 class Report(Model):
-    """`report.json`: the proof that comes with a checkpoint."""
+    """`report.json`: the proof that comes with a checkpoint. `spec` is what was run, fully resolved."""
 
+    job: str | None = None
+    spec: JobSpec | None = None
     quality: tuple[QualityRow, ...]
     size: SizeReport
     layers: tuple[LayerReport, ...]

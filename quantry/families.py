@@ -21,6 +21,7 @@ class Family:
     bias_switches: config key -> layers that get a bias when it is true; a layer in none has a fixed slot or none.
     fixed_bias: layers that always have a bias.
     transposed: weights are stored (in, out), as GPT-2's Conv1D does.
+    residual_output: the last layer, if what it returns is added to the residual stream as it is.
     rehome: a `model_type` whose weights compute the same, with bias slots on every layer (if `_rehomable`).
     """
 
@@ -31,6 +32,7 @@ class Family:
     groups: tuple[tuple[str, ...], ...]
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed_bias: tuple[str, ...] = ()
+    residual_output: str | None = None
     transposed: bool = False
     rehome: str | None = None
     gguf: bool = False
@@ -71,14 +73,16 @@ FAMILIES: dict[str, Family] = {
             "model.decoder.layers",
             (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
             bias_switches={"enable_bias": (*_QKV, "self_attn.out_proj", "fc1", "fc2")},
+            residual_output="fc2",
         ),
         _llama_like(
-            "llama", "LlamaForCausalLM", bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, gguf=True
+            "llama",
+            "LlamaForCausalLM", bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, gguf=True
         ),
-        _llama_like("mistral", "MistralForCausalLM", rehome="llama"),
-        _llama_like("qwen2", "Qwen2ForCausalLM", fixed_bias=_QKV, rehome="llama"),
-        _llama_like("qwen3", "Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
-        _llama_like("gemma", "GemmaForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        _llama_like("mistral", "MistralForCausalLM", residual_output="mlp.down_proj", rehome="llama"),
+        _llama_like("qwen2", "Qwen2ForCausalLM", fixed_bias=_QKV, residual_output="mlp.down_proj", rehome="llama"),
+        _llama_like("qwen3", "Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}, residual_output="mlp.down_proj"),
+        _llama_like("gemma", "GemmaForCausalLM", bias_switches={"attention_bias": _ATTENTION}, residual_output="mlp.down_proj"),
         _llama_like("gemma2", "Gemma2ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
         _llama_like("gemma3_text", "Gemma3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
         Family(
@@ -88,6 +92,7 @@ FAMILIES: dict[str, Family] = {
             "transformer.h",
             (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
             fixed_bias=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+            residual_output="mlp.c_proj",
             transposed=True,
             ignored=(r"\.attn\.(masked_)?bias$",),
         ),
@@ -99,6 +104,7 @@ FAMILIES: dict[str, Family] = {
             (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
             bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
             fixed_bias=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            residual_output="mlp.dense_4h_to_h",
             ignored=(r"\.attention\.(masked_)?bias$", r"rotary_emb\.(original_)?inv_freq$"),
         ),
     )
@@ -143,3 +149,10 @@ def holds_added_biases(family: Family, config: Mapping[str, Any]) -> bool:
     target = rehome_target(family, config) or family
     switchable = {name for names in target.bias_switches.values() for name in names}
     return set(target.linears) <= switchable | set(target.fixed_bias)
+
+
+def block_bias_layer(family: Family, config: Mapping[str, Any]) -> str | None:
+    """The layer into which a bias on the block's output merges; None where a norm follows the last layer."""
+    if family.model_type == "opt" and not config.get("do_layer_norm_before", True):
+        return None
+    return family.residual_output

@@ -1,0 +1,99 @@
+"""Finished blocks on disk, so that a job that dies at block k goes on at block k."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from quantry.contract import BlockReport, LayerReport
+from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+
+
+@dataclass(frozen=True)
+class FinishedBlock:
+    """A quantized block: its layers by name inside the block, and what is reported of it."""
+
+    layers: dict[str, QuantizedLayer]
+    reports: tuple[LayerReport, ...]
+    report: BlockReport
+
+
+class BlockStore:
+    """One file a block, written whole or not at all; a store of another fingerprint is emptied."""
+
+    def __init__(self, folder: Path, fingerprint: str) -> None:
+        self._folder = folder
+        mark = folder / "fingerprint"
+        if not mark.exists() or mark.read_text() != fingerprint:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            mark.write_text(fingerprint)
+
+    def finished(self) -> int:
+        """How many blocks, from the first, are done."""
+        index = 0
+        while self._path(index).exists():
+            index += 1
+        return index
+
+    def save(self, index: int, block: FinishedBlock) -> None:
+        tensors: dict[str, Tensor] = {}
+        facts: dict[str, dict[str, int | bool | None]] = {}
+        for name, layer in block.layers.items():
+            weight = layer.weight
+            tensors |= {f"{name}.codes": weight.codes, f"{name}.scale": weight.scale, f"{name}.zero": weight.zero_point}
+            if layer.bias is not None:
+                tensors[f"{name}.bias"] = layer.bias
+            if layer.position_bias is not None:
+                tensors[f"{name}.position_bias"] = layer.position_bias
+            facts[name] = {
+                "bits": weight.bits,
+                "group_size": weight.group_size,
+                "symmetric": weight.symmetric,
+                "added_bias": layer.added_bias,
+            }
+        metadata = {
+            "layers": json.dumps(facts),
+            "reports": json.dumps([r.model_dump(mode="json") for r in block.reports]),
+            "report": block.report.model_dump_json(),
+        }
+        partial = self._path(index).with_suffix(".part")
+        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        partial.replace(self._path(index))
+
+    def load(self, index: int, device: torch.device) -> FinishedBlock:
+        with safe_open(self._path(index), framework="pt", device=str(device)) as file:
+            metadata = file.metadata()
+            layers = {name: _layer(file, name, facts) for name, facts in json.loads(metadata["layers"]).items()}
+        reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
+        return FinishedBlock(layers, reports, BlockReport.model_validate_json(metadata["report"]))
+
+    def layers(self, blocks: str, count: int) -> Iterator[tuple[str, QuantizedLayer]]:
+        """Every layer under its canonical name, block by block."""
+        for index in range(count):
+            for name, layer in self.load(index, torch.device("cpu")).layers.items():
+                yield f"{blocks}.{index}.{name}", layer
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"block-{index:05d}.safetensors"
+
+
+def _layer(file: Any, name: str, facts: dict[str, int]) -> QuantizedLayer:
+    keys = set(file.keys())
+    read = {k: file.get_tensor(f"{name}.{k}") for k in ("codes", "scale", "zero", "bias", "position_bias") if f"{name}.{k}" in keys}
+    weight = QuantizedWeight(
+        read["codes"], read["scale"], read["zero"], facts["bits"], facts["group_size"], bool(facts["symmetric"])
+    )
+    return QuantizedLayer(weight, read.get("bias"), bool(facts["added_bias"]), read.get("position_bias"))

@@ -1,0 +1,166 @@
+"""Texts to calibrate on and to evaluate with: read, split, tokenise, cut into windows.
+
+The convention is written down in docs/perplexity.md.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from quantry.bundled import bundled_text
+from quantry.contract import DatasetRef
+from worker.errors import DatasetError
+from worker.models.source import hub_file, local_path
+from worker.workspace import Workspace
+
+Role = Literal["calibration", "evaluation"]
+SHINGLE = 32  # tokens; a run of this many that stands in both texts counts as overlap
+
+
+@dataclass(frozen=True)
+class Text:
+    """One text as documents. separate: each document is tokenised on its own, after a start token."""
+
+    name: str
+    documents: tuple[str, ...]
+    separate: bool = False
+
+
+def load_text(ref: DatasetRef, role: Role, workspace: Workspace) -> Text:
+    """Read what `ref` names. Raises DatasetError, with the file and the reason."""
+    split = ref.split or ("train" if role == "calibration" else "test")
+    if ref.source == "bundled":
+        try:
+            return Text(f"{ref.id} ({split})", (bundled_text(ref.id, split),))
+        except (KeyError, ValueError) as error:
+            raise DatasetError(f"{role}.dataset.id: {error}") from error
+    path = _path(ref, role, workspace)
+    return _split(_read(path, ref, role), f"{path.name} ({split})", split)
+
+
+def _path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
+    if ref.source == "upload":
+        if ref.id not in workspace.uploads:
+            raise DatasetError(f"{role}.dataset.id: no uploaded text {ref.id}")
+        return workspace.uploads[ref.id]
+    if ref.source == "local":
+        return local_path(ref.id, workspace.model_roots, field=f"{role}.dataset.id")
+    if ref.file is None:
+        raise DatasetError(f"{role}.dataset.file: name the file inside the dataset repository {ref.id}")
+    return hub_file(ref.id, ref.file, ref.revision, workspace, repo_type="dataset")
+
+
+def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
+    kind = path.suffix.lower()
+    try:
+        if kind == ".parquet":
+            return Text(path.name, tuple(_parquet(path, ref.field)))
+        content = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DatasetError(f"{role}: {path.name} is not UTF-8 text (byte {error.start})") from error
+    except (OSError, ValueError, KeyError) as error:
+        raise DatasetError(f"{role}: {path.name} cannot be read: {error}") from error
+    if kind in (".jsonl", ".ndjson"):
+        return Text(path.name, tuple(_jsonl(content, ref.field, path.name)))
+    if ref.separator is not None:
+        return Text(path.name, tuple(d for d in map(str.strip, content.split(ref.separator)) if d), separate=True)
+    return Text(path.name, (content,))
+
+
+def _parquet(path: Path, field: str) -> list[str]:
+    table = pq.read_table(path, columns=[field])  # type: ignore[no-untyped-call]
+    return [str(value) for value in table[field].to_pylist() if value]
+
+
+def _jsonl(content: str, field: str, name: str) -> list[str]:
+    documents = []
+    for number, line in enumerate(content.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)[field]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DatasetError(f"{name}, line {number}: no JSON object with a field {field!r}") from error
+        if not isinstance(value, str):
+            raise DatasetError(f"{name}, line {number}: field {field!r} is not a string")
+        documents.append(value)
+    return documents
+
+
+def _split(text: Text, name: str, split: str) -> Text:
+    """`train`: the first nine tenths of the documents (of the characters of a single one); `test`: the rest."""
+    documents = text.documents
+    if split == "all":
+        return Text(name, documents, text.separate)
+    if len(documents) == 1:
+        cut = documents[0].rfind("\n", 0, len(documents[0]) * 9 // 10) + 1 or len(documents[0]) * 9 // 10
+        part = documents[0][:cut] if split == "train" else documents[0][cut:]
+        return Text(name, (part,), text.separate)
+    cut = len(documents) * 9 // 10
+    return Text(name, documents[:cut] if split == "train" else documents[cut:], text.separate)
+
+
+def tokenize(text: Text, tokenizer: Any, start: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The text as one run of token ids, (tokens,) int64; `start` goes before each separate document."""
+    if not text.separate:
+        ids = tokenizer("\n\n".join(text.documents), verbose=False)["input_ids"]
+        return np.asarray(ids, dtype=np.int64)
+    parts: list[int] = []
+    for ids in tokenizer(list(text.documents), add_special_tokens=False, verbose=False)["input_ids"]:
+        parts += ids if start is None else [start, *ids]
+    return np.asarray(parts, dtype=np.int64)
+
+
+def cut_windows(tokens: np.ndarray[Any, Any], length: int) -> Tensor:
+    """Non-overlapping windows (windows, length) int64; the tail is dropped."""
+    count = len(tokens) // length
+    return torch.from_numpy(tokens[: count * length].reshape(count, length).copy())
+
+
+def calibration_windows(tokens: np.ndarray[Any, Any], *, samples: int, length: int, seed: int, name: str) -> Tensor:
+    """`samples` of the text's windows, drawn without replacement, in the order of the text.
+
+    Raises: DatasetError if the text is too short.
+    """
+    windows = cut_windows(tokens, length)
+    if len(windows) < samples:
+        raise DatasetError(
+            f"calibration: {name} has {len(tokens)} tokens, {len(windows)} windows of {length}; "
+            f"{samples} were asked for: give more text, fewer samples or a shorter sequence_length"
+        )
+    chosen = np.random.default_rng(seed).permutation(len(windows))[:samples]
+    return windows[np.sort(chosen)]
+
+
+def overlap(calibration: Tensor, evaluation: Tensor) -> float:
+    """The share of the evaluation's runs of 32 tokens that also stand in the calibration windows."""
+    seen = _shingles(calibration.numpy())
+    runs = _shingles(evaluation.numpy())
+    return float(np.isin(runs, np.unique(seen)).mean()) if len(runs) else 0.0
+
+
+def _shingles(windows: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A 64-bit hash of every run of SHINGLE tokens inside each window."""
+    if windows.shape[1] < SHINGLE:
+        return np.empty(0, dtype=np.uint64)
+    factors = np.random.default_rng(7).integers(1, 2**63, SHINGLE, dtype=np.uint64) | np.uint64(1)
+    values = windows.astype(np.uint64) + np.uint64(1)
+    width = windows.shape[1] - SHINGLE + 1
+    hashes = np.zeros((len(windows), width), dtype=np.uint64)
+    for i, factor in enumerate(factors):
+        hashes += values[:, i : i + width] * factor
+        hashes ^= hashes >> np.uint64(29)
+    return hashes.ravel()
+
+
+def describe(text: Text) -> Mapping[str, Any]:
+    return {"name": text.name, "documents": len(text.documents), "characters": sum(map(len, text.documents))}

@@ -1,0 +1,66 @@
+"""manifest.json: what an artifact consists of, and how to load it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import quantry
+from quantry.contract import FileEntry, Loader, Manifest
+from worker.export.files import file_entry, sync_folder, whole_or_nothing, write_bytes
+
+MANIFEST = "manifest.json"
+
+
+def write_manifest(
+    folder: Path,
+    *,
+    format: str,
+    job: str | None,
+    known: Sequence[FileEntry] = (),
+    write: bool = True,
+) -> Manifest:
+    """List every file of `folder` but the manifest itself, with its sha256, in `manifest.json`.
+
+    Call it last. `known`: entries of files that were hashed as they were written (weights), taken over if the
+    size still agrees. `write=False` only returns the manifest. Raises DiskFull; the folder is then emptied.
+    """
+    hashed = {entry.path: entry for entry in known}
+    files = []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / MANIFEST):
+        name = path.relative_to(folder).as_posix()
+        entry = hashed.get(name)
+        unchanged = entry is not None and entry.bytes == path.stat().st_size
+        files.append(entry if entry is not None and unchanged else file_entry(folder, path))
+    manifest = Manifest(job=job, format=format, loader=loader_of(folder, format), files=tuple(files))
+    if write:
+        with whole_or_nothing(folder):
+            write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+            sync_folder(folder)
+    return manifest
+
+
+def loader_of(folder: Path, format: str) -> Loader:
+    """The package and the lines that load this artifact."""
+    name = folder.name
+    stock = f'AutoModelForCausalLM.from_pretrained("{name}")'
+    imported = "from transformers import AutoModelForCausalLM\n"
+    if format == "compressed-tensors":
+        version = ">=0.18" if _bits(folder) - {2, 4, 8} else ">=0.9"
+        return Loader(package="compressed-tensors", version=version, snippet=f"{imported}model = {stock}")
+    if format == "gptq":
+        return Loader(package="gptqmodel", version=">=7.7", snippet=f"{imported}model = {stock}")
+    if format == "gguf":
+        file = next(folder.glob("*.gguf")).name
+        snippet = f'from llama_cpp import Llama\nmodel = Llama("{name}/{file}")'
+        return Loader(package="llama-cpp-python", version=">=0.3", snippet=snippet)
+    snippet = f"import quantry\n{imported}model = {stock}"
+    return Loader(package="quantry[torch]", version=f">={quantry.__version__}", snippet=snippet)
+
+
+def _bits(folder: Path) -> set[int]:
+    """The widths that a compressed-tensors config names."""
+    config = json.loads((folder / "config.json").read_text())
+    groups = config["quantization_config"]["config_groups"].values()
+    return {int(group["weights"]["num_bits"]) for group in groups}

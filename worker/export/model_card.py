@@ -1,0 +1,106 @@
+"""README.md of an artifact: what it is, how it was made, how good it is, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import quantry
+from quantry.contract import BiasCompensationStep, QualityRow, SizeReport, Step
+from worker.export.files import whole_or_nothing, write_bytes
+from worker.export.manifest import loader_of
+
+_NOTES = {
+    "compressed-tensors": "Reads with stock transformers and vLLM; nothing of Quantry is needed.",
+    "gptq": (
+        "transformers needs the packages `optimum` and `gptqmodel` to read this layout; "
+        "`quantry.load(folder)` reads it with neither, as dense weights."
+    ),
+    "gguf": (
+        "llama.cpp honours the biases that correction may have added. transformers' `gguf_file=` drops biases "
+        "without a word; `quantry.load(folder)` keeps them, as dense weights."
+    ),
+    "quantry": (
+        "`import quantry` must come before `from_pretrained`: without it transformers only warns and loads "
+        "random weights. `quantry.load(folder)` is the safe way."
+    ),
+}
+
+
+def write_model_card(
+    folder: Path,
+    *,
+    format: str,
+    base_model: str,
+    recipe: Sequence[Step],
+    source: Path | None = None,
+    quality: Sequence[QualityRow] = (),
+    size: SizeReport | None = None,
+    warnings: Sequence[str] = (),
+) -> None:
+    """Write README.md; call it again with the figures once there are some.
+
+    source: the full-precision checkpoint, whose licence is carried over. Raises DiskFull.
+    """
+    loader = loader_of(folder, format)
+    parts = [
+        _front_matter(base_model, format, source),
+        f"# {base_model}, quantized\n",
+        f"Made by [Quantry](https://pypi.org/project/quantry/) {quantry.__version__} from `{base_model}`.\n",
+        "## How it was made\n",
+        "".join(f"{number}. {_step(step)}\n" for number, step in enumerate(recipe, 1)) or "See `config.json`.\n",
+        _figures(quality, size),
+        "## Load it\n",
+        f'```sh\npip install "{loader.package}{loader.version}" transformers\n```\n',
+        f"```python\n{loader.snippet}\n```\n",
+        f"{_NOTES[format]}\n",
+        "".join(f"- {warning}\n" for warning in warnings),
+        "`manifest.json` has the sha256 of every file, `report.json` the measurements.\n",
+    ]
+    with whole_or_nothing(folder):
+        write_bytes(folder / "README.md", "\n".join(part for part in parts if part).encode())
+
+
+def _front_matter(base_model: str, format: str, source: Path | None) -> str:
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [quantized, {format}, quantry]"]
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("bundled/"):
+        lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
+    readme = source / "README.md" if source else None
+    if readme is not None and readme.is_file():
+        head = readme.read_text(errors="replace").partition("\n---")[0]
+        lines += re.findall(r"^license(?:_name|_link)?: .+$", head, flags=re.MULTILINE)
+    return "---\n" + "\n".join(lines) + "\n---\n"
+
+
+def _step(step: Step) -> str:
+    """One step of the recipe in words."""
+    if isinstance(step, BiasCompensationStep):
+        where = "channel" if step.granularity == "channel" else "position and channel"
+        return f"Bias compensation per {where} (Gong et al. 2024, arXiv:2404.01892), {step.targets} targets"
+    grid = f"{step.bits} bits, {'symmetric' if step.symmetric else 'asymmetric'}, "
+    grid += f"groups of {step.group_size}" if step.group_size else "per channel"
+    title = "Round to nearest" if step.method == "rtn" else "GPTQ (Frantar et al. 2022, arXiv:2210.17323)"
+    return f"{title}: {grid}, clipping {step.clip}"
+
+
+def _figures(quality: Sequence[QualityRow], size: SizeReport | None) -> str:
+    """The measured quality and size, or nothing."""
+    if not quality and size is None:
+        return ""
+    text = "## Measured\n\n"
+    if quality:
+        text += "| metric | text | full precision | round to nearest | this checkpoint |\n| --- | --- | --- | --- | --- |\n"
+        for row in quality:
+            values = " | ".join(_number(value) for value in (row.fp, row.rtn, row.quantized))
+            text += f"| {row.metric} | {row.dataset}, {row.samples} windows | {values} |\n"
+    if size is not None:
+        text += (
+            f"\n{size.effective_bits:.2f} bits per quantized weight, with scales, zero-points and added biases; "
+            f"{size.quantized_bytes} bytes instead of {size.fp_bytes}.\n"
+        )
+    return text
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4g}"

@@ -1,0 +1,70 @@
+"""Run by `verify` as a script in a clean process: load a checkpoint as a user would and compare its logits.
+
+    python -P reload.py FOLDER REFERENCE.safetensors FORMAT
+
+Prints one line of JSON: the figures, or {"error": ...}. Imports nothing of ours unless a user of the format has to.
+"""
+
+import importlib
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+
+def compare(folder: Path, format: str, reference: Path) -> dict[str, Any]:
+    """Load, run and measure; in the clean process. Raises whatever the loader raises."""
+    torch = importlib.import_module("torch")
+    tensors = importlib.import_module("safetensors.torch").load_file(reference)
+    model = _load(folder, format)
+    wanted = tensors["logits"].float()
+    square, worst, agree = 0.0, 0.0, 0
+    with torch.no_grad():
+        for ids, logits in zip(tensors["input_ids"], wanted, strict=True):
+            got = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
+            difference = (got - logits).abs().max()
+            if not torch.isfinite(difference):
+                raise ValueError("the reloaded checkpoint computes NaN or infinity")
+            worst = max(worst, float(difference))
+            square += float(logits.double().pow(2).sum())
+            agree += int((got.argmax(-1) == logits.argmax(-1)).sum())
+    tokens = wanted.shape[0] * wanted.shape[1]
+    rms = (square / wanted.numel()) ** 0.5
+    return {
+        "max_abs_difference": worst,
+        "relative_difference": worst / rms if rms else worst,
+        "argmax_agreement": agree / tokens,
+        "tokens": tokens,
+    }
+
+
+def _load(folder: Path, format: str) -> Any:
+    """The model in float32. Raises ValueError for missing or unexpected tensors."""
+    torch = importlib.import_module("torch")
+    if format in ("gptq", "gguf"):
+        return importlib.import_module("quantry.checkpoint").load(folder, dtype=torch.float32).eval()
+    if format == "quantry":
+        importlib.import_module("quantry")
+    elif "quantry" in sys.modules:
+        raise RuntimeError("quantry must not have a hand in loading this format")
+    auto = importlib.import_module("transformers").AutoModelForCausalLM
+    model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info[kind]:
+            raise ValueError(f"{len(info[kind])} {kind.replace('_', ' ')}, such as {min(map(str, info[kind]))}")
+    return model.eval()
+
+
+def main(folder: str, reference: str, format: str) -> int:
+    try:
+        result = compare(Path(folder), format, Path(reference))
+    except Exception as error:  # noqa: BLE001  (whatever a loader raises is the finding)
+        traceback.print_exc()
+        result = {"error": f"{type(error).__name__}: {error}"}
+    print(json.dumps(result))
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

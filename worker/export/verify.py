@@ -1,0 +1,109 @@
+"""Check a written checkpoint: a clean process loads it as a user would, and its logits must be the worker's.
+
+    python -m worker.export.verify FOLDER REFERENCE.safetensors --json
+
+REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab). Exit status 0: they agree; 1: they
+do not, or the checkpoint does not load with every tensor in its place.
+
+Loaders: compressed-tensors: stock transformers, nothing of ours is imported; quantry: the same after
+`import quantry`; gptq and gguf: their stock loaders are not part of a worker (and transformers drops biases from
+GGUF files), so `quantry.unpack` reads them into the stock model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from worker.errors import VerificationError
+
+# Largest difference of a logit that is put down to rounding, as a share of the root mean square of the logits.
+TOLERANCE = 1e-3
+LOADERS = {
+    "compressed-tensors": "transformers, compressed-tensors",
+    "quantry": "transformers, import quantry",
+    "gptq": "quantry.unpack, transformers (optimum and gptqmodel are not used)",
+    "gguf": "quantry.unpack, transformers (whose own GGUF reader drops biases)",
+}
+_RELOAD = Path(__file__).with_name("reload.py")
+_ROOT = Path(__file__).resolve().parents[2]
+
+
+def verify(
+    folder: Path, format: str, reference: Path, *, tolerance: float = TOLERANCE, threads: int | None = None
+) -> dict[str, float | str]:
+    """Reload `folder` in a clean process and compare.
+
+    Returns: loader, max_abs_difference, relative_difference (of the rms logit), argmax_agreement, tokens.
+    Raises: VerificationError saying what the clean process saw.
+    """
+    result = _reload(folder, format, reference, threads)
+    if "error" in result:
+        raise VerificationError(f"the checkpoint ({format}) does not load cleanly: {result['error']}")
+    if not result["relative_difference"] <= tolerance:
+        raise VerificationError(
+            f"the reloaded checkpoint ({format}) computes logits that differ by {result['max_abs_difference']:.3g} "
+            f"({result['relative_difference']:.3g} of their rms, allowed {tolerance:g})"
+        )
+    return {"loader": LOADERS[format], **result}
+
+
+def _reload(folder: Path, format: str, reference: Path, threads: int | None) -> dict[str, Any]:
+    """The line of JSON that `reload.py` prints. Raises VerificationError if it prints none."""
+    # -P: the folder of the script, whose modules have names such as compressed_tensors, stays off the path
+    command = [sys.executable, "-P", str(_RELOAD), str(folder), str(reference), format]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(_ROOT), environment.get("PYTHONPATH"))))
+    if threads is not None:
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(
+        command, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, env=environment
+    )
+    try:
+        result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError) as error:
+        tail = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
+        raise VerificationError(
+            f"the process that reloads the checkpoint ended with status {done.returncode}: {tail[0]}"
+        ) from error
+    return result
+
+
+def format_of(folder: Path) -> str:
+    """The format that config.json names; GGUF is told by its file. Raises VerificationError."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise VerificationError(f"{folder} is not a checkpoint: {error}") from error
+    method = config.get("quantization_config", {}).get("quant_method")
+    if method in LOADERS:
+        return str(method)
+    if any(folder.glob("*.gguf")):
+        return "gguf"
+    raise VerificationError(f"{folder}: quantization {method!r} of its config.json is none of {sorted(LOADERS)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m worker.export.verify")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("reference", type=Path)
+    parser.add_argument("--format", choices=sorted(LOADERS), help="default: what the folder says")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="share of the rms logit")
+    parser.add_argument("--json", action="store_true", help="one line of JSON instead of text")
+    options = parser.parse_args()
+    try:
+        form = options.format or format_of(options.folder)
+        result: dict[str, Any] = verify(options.folder, form, options.reference, tolerance=options.tolerance)
+    except VerificationError as error:
+        result = {"error": str(error)}
+    print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    return 1 if "error" in result else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

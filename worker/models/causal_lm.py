@@ -1,0 +1,184 @@
+"""One adapter for the decoder language models of transformers: a skeleton, and its blocks one at a time.
+
+The skeleton (embeddings, norms, head) lives on the device; a block is materialised from the checkpoint
+when the sweep visits it and freed after, so that the device holds one block and the activations.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from quantry.families import Family, family_of
+from worker.errors import ModelError, NonFiniteError
+from worker.models.tensors import Checkpoint
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to one block beside the hidden states: masks, positions, rotary tables."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class _Recorded:
+    hidden: Tensor | None = None
+    calls: list[BlockCall] = field(default_factory=list)
+
+
+class CausalLM:
+    """A causal language model that is never whole in memory.
+
+    Args:
+        folder: a checked checkpoint (see `worker.models.source`).
+        device: where the skeleton, the blocks and the activations live.
+        dtype: of the forwards; the full-precision weights are read in the checkpoint's own dtype.
+    Raises: ModelError if the folder's tensors do not fit the architecture.
+    """
+
+    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.folder, self.device, self.dtype = folder, device, dtype
+        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.family: Family = family_of(self.config.to_dict())
+        self.tensors = Checkpoint(folder, self.family)
+        with torch.device("meta"):
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+        self.model.eval().requires_grad_(False)
+        self._check_names()
+        self._load_skeleton()
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        blocks = self.model.get_submodule(self.family.blocks)
+        assert isinstance(blocks, nn.ModuleList)
+        return blocks
+
+    @property
+    def context(self) -> int:
+        """The longest window the model takes, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    def tokenizer(self) -> Any:
+        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+
+    @property
+    def start_token(self) -> int | None:
+        """The token that the model expects before a document: the config's bos, else its eos."""
+        config = self.config
+        token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
+        return token[0] if isinstance(token, list) else token
+
+    def block(self, index: int) -> nn.Module:
+        """Block `index` in full precision, its own copy, in the forward's dtype."""
+        prefix = f"{self.family.blocks}.{index}"
+        block = copy.deepcopy(self.blocks[index])
+        self._materialise(block, prefix)
+        return block
+
+    def columns(self, name: str) -> int:
+        """The number of inputs of a linear layer."""
+        return self.tensors.shape(f"{name}.weight")[0 if self.family.transposed else 1]
+
+    def weight(self, name: str) -> Tensor:
+        """The full-precision weight of a linear layer: (out, in) float32 on the device."""
+        weight = self.tensors.load(f"{name}.weight").to(self.device, torch.float32)
+        return weight.T.contiguous() if self.family.transposed else weight
+
+    def bias(self, name: str) -> Tensor | None:
+        """The full-precision bias (out,) float32, or None."""
+        key = f"{name}.bias"
+        return self.tensors.load(key).to(self.device, torch.float32) if key in self.tensors else None
+
+    @torch.no_grad()
+    def embed(self, tokens: Tensor) -> tuple[Tensor, list[BlockCall]]:
+        """What enters the first block for tokens (batch, length), and the call of every block."""
+        with self._stubs(None) as recorded:
+            self.model.base_model(input_ids=tokens.to(self.device), use_cache=False)
+        assert recorded.hidden is not None
+        return recorded.hidden, recorded.calls
+
+    @torch.no_grad()
+    def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
+        """The logits (batch, length, vocabulary) for what leaves the last block, (batch, length, width)."""
+        with self._stubs(hidden):
+            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+
+    def kept(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor that is not a quantized layer's, as `(canonical name, tensor)`, from the checkpoint."""
+        quantized = {f"{self.family.blocks}.{i}.{name}" for i in range(len(self.blocks)) for name in self.family.linears}
+        for name in self.tensors:
+            if name.rpartition(".")[0] not in quantized:
+                yield name, self.tensors.load(name)
+
+    @contextmanager
+    def _stubs(self, first: Tensor | None) -> Iterator[_Recorded]:
+        """Let every block pass its input on (the first one: return `first`), and record how it was called."""
+        recorded = _Recorded()
+
+        def stub(index: int, *args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if index == 0:
+                recorded.hidden = hidden
+            recorded.calls.append(BlockCall(args[1:], kwargs))
+            return first if index == 0 and first is not None else hidden
+
+        try:
+            for index, block in enumerate(self.blocks):
+                block.forward = partial(stub, index)
+            yield recorded
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _check_names(self) -> None:
+        expected = {name: tuple(p.shape) for name, p in self.model.state_dict(keep_vars=True).items()}
+        tied = set(self.model.all_tied_weights_keys) if hasattr(self.model, "all_tied_weights_keys") else set()
+        missing = [n for n in expected if n not in self.tensors and n not in tied]
+        if missing:
+            raise ModelError(f"{self.folder.name}: tensor `{missing[0]}` is missing ({len(missing)} in all)")
+        for name, shape in expected.items():
+            if name in self.tensors and self.tensors.shape(name) != shape:
+                raise ModelError(f"{self.folder.name}: `{name}` has shape {self.tensors.shape(name)}, the config says {shape}")
+        unknown = [n for n in self.tensors if n not in expected]
+        if unknown:
+            raise ModelError(f"{self.folder.name}: tensor `{unknown[0]}` belongs to no layer of the architecture")
+
+    def _load_skeleton(self) -> None:
+        blocks = {id(module) for block in self.blocks for module in block.modules()}
+        outside = [(n, m) for n, m in self.model.named_modules() if id(m) not in blocks]
+        self._fill(outside, "")
+        self.model.tie_weights()
+
+    def _materialise(self, block: nn.Module, prefix: str) -> None:
+        self._fill(list(block.named_modules()), prefix)
+        for name, parameter in block.named_parameters():
+            if not torch.isfinite(parameter).all():
+                raise NonFiniteError(f"{prefix}.{name} holds NaN or infinity: the checkpoint is damaged")
+
+    def _fill(self, modules: list[tuple[str, nn.Module]], prefix: str) -> None:
+        """Give modules on the meta device their memory, computed buffers and checkpoint tensors."""
+        for path, module in modules:
+            module.to_empty(device=self.device, recurse=False)
+            if module._non_persistent_buffers_set:
+                self.model._init_weights(module)  # transformers fills computed buffers here
+            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                key = ".".join(part for part in (prefix, path, name) if part)
+                if key in self.tensors:
+                    tensor.data.copy_(self.tensors.load(key))
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
+    """The block's output hidden states, whatever else it returns."""
+    out = block(hidden, *call.args, **call.kwargs)
+    return out[0] if isinstance(out, tuple) else out

@@ -1,0 +1,136 @@
+"""From a model reference to a folder that is safe to load: bundled, local below a root, or the hub's cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from quantry.bundled import bundled_model
+from quantry.contract import ModelRef, SpecError
+from quantry.families import family_of
+from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound
+from worker.models.tensors import shard_files
+from worker.workspace import Workspace
+
+WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".py")
+
+
+def resolve(ref: ModelRef, workspace: Workspace) -> Path:
+    """The folder of the checkpoint, checked. Raises ModelError and its kinds."""
+    if ref.source == "bundled":
+        try:
+            folder = bundled_model(ref.id)
+        except (KeyError, ValueError) as error:
+            raise ModelNotFound(f"model.id: {error}") from error
+    elif ref.source == "local":
+        folder = local_path(ref.id, workspace.model_roots, field="model.id")
+        if not folder.is_dir():
+            raise ModelNotFound(f"model.id: {ref.id} is not a folder")
+    else:
+        folder = _download(ref, workspace)
+    check_folder(folder)
+    return folder
+
+
+def local_path(name: str, roots: tuple[Path, ...], *, field: str) -> Path:
+    """`name` below one of the roots. Raises ModelNotFound; never follows a link out of the roots."""
+    if not roots:
+        raise ModelError(f"{field}: the local source is off on this server (QUANTRY_MODEL_ROOTS is not set)")
+    for root in (r.resolve() for r in roots):
+        path = (root / name).resolve()
+        if path.is_relative_to(root) and path.exists():
+            return path
+    raise ModelNotFound(f"{field}: {name} is not below any of the server's model roots")
+
+
+def check_folder(folder: Path) -> dict[str, Any]:
+    """The checkpoint's config, after the cheap refusals: pickles, remote code, unknown kinds, no tokenizer."""
+    path = folder / "config.json"
+    if not path.exists():
+        raise ModelError(f"{folder.name} has no config.json: it is not a transformers checkpoint")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        family_of(config)
+    except SpecError as error:
+        raise ModelError(f"{error.path}: {error.detail}") from error
+    except ValueError as error:
+        raise ModelError(f"{folder.name}/config.json is not valid JSON: {error}") from error
+    if "quantization_config" in config:
+        raise ModelError(f"{folder.name} is already quantized; name the full-precision checkpoint")
+    if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
+        pickles = [f.name for f in folder.iterdir() if f.suffix in REFUSED]
+        hint = f"; {pickles[0]} is a pickle or code and is refused" if pickles else ""
+        raise ModelError(f"{folder.name} has no safetensors weights{hint}")
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+        raise ModelError(f"{folder.name} has no tokenizer (tokenizer.json): perplexity and calibration need it")
+    shard_files(folder)
+    return config
+
+
+def _download(ref: ModelRef, workspace: Workspace) -> Path:
+    """The hub's snapshot of the pinned commit, in the content-addressed cache."""
+    try:
+        return Path(
+            snapshot_download(
+                ref.id,
+                revision=ref.revision,
+                endpoint=workspace.hub_url,
+                cache_dir=workspace.cache,
+                local_files_only=workspace.offline,
+                allow_patterns=list(WANTED),
+                token=False,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - sorted into kinds below, the rest re-raised
+        raise _hub_error(error, ref.id, ref.revision, workspace.offline) from error
+
+
+def hub_file(
+    repo: str, file: str, revision: str | None, workspace: Workspace, *, repo_type: Literal["dataset", "model"]
+) -> Path:
+    """One file of a hub repository, in the cache."""
+    try:
+        return Path(
+            hf_hub_download(
+                repo,
+                file,
+                revision=revision,
+                repo_type=repo_type,
+                endpoint=workspace.hub_url,
+                cache_dir=workspace.cache,
+                local_files_only=workspace.offline,
+                token=False,
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - sorted into kinds below, the rest re-raised
+        found = _hub_error(error, f"{repo}/{file}", revision, workspace.offline)
+        raise (DatasetError(str(found)) if isinstance(found, ModelNotFound) else found) from error
+
+
+def _hub_error(error: Exception, name: str, revision: str | None, offline: bool) -> Exception:
+    at = f"{name}@{revision}" if revision else name
+    if isinstance(error, LocalEntryNotFoundError):
+        if offline:
+            return ModelNotFound(f"{at} is not in the cache, and the server is offline (QUANTRY_OFFLINE)")
+        return HubUnreachable(f"the model hub did not answer for {at}, and it is not in the cache")
+    if isinstance(error, GatedRepoError | RepositoryNotFoundError):
+        return ModelNotFound(f"the model hub has no public repository {name}")
+    if isinstance(error, RevisionNotFoundError):
+        return ModelNotFound(f"{name} has no revision {revision}")
+    if isinstance(error, EntryNotFoundError):
+        return ModelNotFound(f"{at}: no such file")
+    if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
+        return HubUnreachable(f"the model hub failed for {at}: {error}")
+    return error

@@ -1,0 +1,218 @@
+"""The block sweep: each block is visited once, for calibration, quantization and evaluation, then freed.
+
+Streams: calibration windows through the float and the quantized network, evaluation windows through the
+float, the round-to-nearest and the quantized network. A stored block is replayed, not computed again.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quantry.contract import BlockReport, JobSpec, LayerReport, RtnStep, State
+from quantry.quantizers.affine import QuantizedLayer
+from worker.block import BlockQuantizer, QuantizedBlock, install
+from worker.calibration.store import BlockStore, FinishedBlock
+from worker.calibration.streams import Stream, difference, perplexity
+from worker.methods.rtn import rtn
+from worker.metrics.layer_error import ErrorSum, layer_errors
+from worker.models.causal_lm import CausalLM
+from worker.progress import Progress
+
+
+@dataclass
+class Cost:
+    """Seconds spent on quantization itself: statistics, methods and the calibration streams."""
+
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
+    _began: tuple[float, float] = field(default=(0.0, 0.0), repr=False)
+
+    def __enter__(self) -> None:
+        self._began = (time.perf_counter(), time.process_time())
+
+    def __exit__(self, *_: object) -> None:
+        self.wall_s += time.perf_counter() - self._began[0]
+        self.cpu_s += time.process_time() - self._began[1]
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """perplexity: by stream, `fp`, `rtn` and `quantized`; empty without evaluation."""
+
+    layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...]
+    perplexity: dict[str, float]
+    cost: Cost
+
+
+@dataclass
+class _Streams:
+    given: Stream | None = None
+    floating: Stream | None = None
+    evaluation: dict[str, Stream] = field(default_factory=dict)
+
+
+class BlockSweep:
+    """Quantize a model block by block.
+
+    Args:
+        calibration: token windows (windows, length); used only if a step looks at data.
+        evaluation: token windows, or None for no evaluation.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        spec: JobSpec,
+        store: BlockStore,
+        progress: Progress,
+        calibration: Tensor | None,
+        evaluation: Tensor | None,
+    ) -> None:
+        self.model, self.spec, self.store, self.progress = model, spec, store, progress
+        self.calibration, self.evaluation = calibration, evaluation
+        self.quantizer = BlockQuantizer(model, spec.weight_step, spec.compensation)
+        self.cost = Cost()
+
+    @torch.no_grad()
+    def run(self) -> SweepResult:
+        """Sweep every block, then the head."""
+        streams = self._embed()
+        total, done = len(self.model.blocks), self.store.finished()
+        layers: list[LayerReport] = []
+        blocks: list[BlockReport] = []
+        self.progress.stage(State.QUANTIZING, f"block {done + 1} of {total}", done, total)
+        for index in range(total):
+            original = self.model.block(index)
+            if index < done:
+                finished = self.store.load(index, self.model.device)
+                self._replay(index, original, finished.layers, streams)
+            else:
+                finished = self._visit(index, original, streams)
+                self.store.save(index, finished)
+                self.progress.advance(index + 1, total, f"block {min(index + 2, total)} of {total}")
+                self.progress.event("block", finished.report.model_dump(mode="json"))
+            layers += finished.reports
+            blocks.append(finished.report)
+        self.progress.stage(State.EVALUATING, "perplexity", 0, len(streams.evaluation))
+        values: dict[str, float] = {}
+        for name, stream in streams.evaluation.items():
+            values[name] = perplexity(self.model, stream)
+            self.progress.advance(len(values), len(streams.evaluation))
+        return SweepResult(tuple(layers), tuple(blocks), values, self.cost)
+
+    @torch.no_grad()
+    def reference_logits(self, tokens: Tensor) -> Tensor:
+        """The quantized network's logits for tokens (windows, length), float32, from the stored blocks."""
+        stream = Stream.embed(self.model, tokens)
+        for index in range(len(self.model.blocks)):
+            block = self.model.block(index)
+            for name, layer in self.store.load(index, self.model.device).layers.items():
+                install(block, name, layer)
+            stream.advance(block, index)
+        return self.model.head(tokens, stream.hidden).float()
+
+    def _embed(self) -> _Streams:
+        streams = _Streams()
+        if self.evaluation is not None and self.spec.evaluation is not None:
+            self.progress.stage(State.CALIBRATING, "embedding the evaluation windows")
+            first = Stream.embed(self.model, self.evaluation)
+            names = ("quantized", *self.spec.evaluation.baselines)
+            streams.evaluation = {name: first.fork() if i else first for i, name in enumerate(names)}
+        if self.calibration is not None and self.quantizer.wants_statistics:
+            self.progress.stage(State.CALIBRATING, "embedding the calibration windows")
+            streams.given = Stream.embed(self.model, self.calibration)
+            streams.floating = streams.given.fork() if self.quantizer.wants_float else None
+        return streams
+
+    def _visit(self, index: int, original: nn.Module, streams: _Streams) -> FinishedBlock:
+        began = time.perf_counter()
+        with self.cost:
+            block = self.quantizer.quantize(index, original, streams.given, streams.floating)
+        nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
+        reports = self._layer_reports(index, original, block, nearest, streams)
+        self._advance_evaluation(index, original, block.module, nearest, streams)
+        report = _block_report(index, streams, time.perf_counter() - began)
+        return FinishedBlock(block.layers, reports, report)
+
+    def _replay(
+        self, index: int, original: nn.Module, layers: dict[str, QuantizedLayer], streams: _Streams
+    ) -> None:
+        """Move every stream past a block that an earlier attempt finished."""
+        module = copy.deepcopy(original)
+        nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
+        for name, layer in layers.items():
+            install(module, name, layer)
+        for stream, block in ((streams.given, module), (streams.floating, original)):
+            if stream is not None:
+                stream.advance(block, index)
+        self._advance_evaluation(index, original, module, nearest, streams)
+
+    def _advance_evaluation(
+        self, index: int, original: nn.Module, module: nn.Module, nearest: nn.Module | None, streams: _Streams
+    ) -> None:
+        for name, block in (("fp", original), ("rtn", nearest), ("quantized", module)):
+            if name in streams.evaluation and block is not None:
+                streams.evaluation[name].advance(block, index)
+
+    def _round_to_nearest(self, index: int, original: nn.Module) -> nn.Module:
+        """The block at the job's bits and groups, each weight to its nearest grid point, ranges unclipped."""
+        step = self.spec.weight_step
+        plain = RtnStep(bits=step.bits, group_size=step.group_size, symmetric=step.symmetric)
+        module = copy.deepcopy(original)
+        for name in self.model.family.linears:
+            weight = rtn(self.model.weight(f"{self.model.family.blocks}.{index}.{name}"), plain)
+            install(module, name, QuantizedLayer(weight, None))
+        return module
+
+    def _layer_reports(
+        self, index: int, original: nn.Module, block: QuantizedBlock, nearest: nn.Module | None, streams: _Streams
+    ) -> tuple[LayerReport, ...]:
+        """Every layer's output error on held-out windows where there are some, else on calibration windows."""
+        errors = layer_errors(self.model, index, original, block, nearest, streams.evaluation)
+        prefix = f"{self.model.family.blocks}.{index}"
+        return tuple(_layer_report(f"{prefix}.{name}", name, block, errors) for name in block.layers)
+
+
+def _layer_report(full: str, name: str, block: QuantizedBlock, errors: dict[str, dict[str, ErrorSum]]) -> LayerReport:
+    weight = block.layers[name].weight
+    ours, nearest = errors["quantized"].get(name), errors["rtn"].get(name)
+    added = block.added.get(name)
+    return LayerReport(
+        name=full,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        relative_mse=ours.relative if ours else None,
+        relative_mse_rtn=nearest.relative if nearest else None,
+        sqnr_db=ours.sqnr_db if ours else None,
+        mean_error_before=ours.mean_error(added) if ours else None,
+        mean_error_after=ours.mean_error(None) if ours else None,
+        damping=block.damping.get(name),
+    )
+
+
+def _block_report(index: int, streams: _Streams, seconds: float) -> BlockReport:
+    """Errors of the residual stream after the block; on the evaluation windows and the calibration windows."""
+    evaluation = streams.evaluation
+    ours = nearest = None
+    mean_error = None
+    if "fp" in evaluation:
+        ours, mean_error = difference(evaluation["quantized"], evaluation["fp"])
+        nearest = difference(evaluation["rtn"], evaluation["fp"])[0] if "rtn" in evaluation else None
+    seen = None
+    if streams.given is not None and streams.floating is not None:
+        seen, calibration_mean = difference(streams.given, streams.floating)
+        mean_error = calibration_mean if mean_error is None else mean_error
+    return BlockReport(
+        index=index,
+        relative_mse=seen,
+        relative_mse_evaluation=ours,
+        relative_mse_rtn=nearest,
+        mean_error=mean_error,
+        seconds=seconds,
+    )

@@ -268,10 +268,14 @@ def _added_bias_bytes(layer: Layer, spec: JobSpec) -> int:
     return 4 * layer.rows * ((positions or 0) + (0 if layer.had_bias or positions else 1))
 
 
+def is_halved(name: str, dtype: str) -> bool:
+    """Whether a kept tensor is stored as float16: embeddings and heads of float32 checkpoints are."""
+    return dtype in ("F32", "F64") and bool(_EMBEDDING.search(name) or _HEAD.search(name))
+
+
 def _kept_bytes(name: str, info: TensorInfo) -> int:
     """Embeddings and heads are stored with 16 bits; everything else as it came."""
-    halved = info.dtype in ("F32", "F64") and (_EMBEDDING.search(name) or _HEAD.search(name))
-    return info.numel * (16 if halved else DTYPE_BITS[info.dtype]) // 8
+    return info.numel * (16 if is_halved(name, info.dtype) else DTYPE_BITS[info.dtype]) // 8
 
 
 def _layer_plans(

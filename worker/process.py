@@ -1,7 +1,7 @@
 """The job process: `python -m worker.process --messages-fd N`, started by `worker.child`.
 
-Standard input is a pipe that the parent holds open: one line of JSON (`JobInput`), then nothing until the parent
-is gone. End-of-file, before the line or after it, ends the whole process group, whatever else is going on.
+Standard input is a pipe that the parent holds open: one line of JSON (`JobInput`), then nothing until the
+parent is gone. End-of-file, before the line or after it, ends the whole process group, whatever else is going on.
 """
 
 from __future__ import annotations
@@ -76,7 +76,8 @@ def attempt(job: JobInput, progress: Progress) -> Outcome:
     from worker import pipeline
 
     try:
-        return pipeline.run(job.spec, job.workspace, progress)
+        workspace = job.workspace.model_copy(update={"job": job.job})
+        return pipeline.run(job.spec, workspace, progress)
     except Exception as error:  # noqa: BLE001  # the border of the process: nothing may escape it
         traceback.print_exc()
         return Failed(error=failure(error))
@@ -106,7 +107,9 @@ def _resource(error: BaseException) -> QuantizationError | None:
         if any(part in text for part in _FULL_TEXTS):
             return DiskFull(f"the disk is full: {text}; free space on the worker's storage and retry")
         memory = isinstance(cause, MemoryError) or type(cause).__name__ == "OutOfMemoryError"
-        if memory or (isinstance(cause, RuntimeError | OSError) and any(part in text for part in _MEMORY_TEXTS)):
+        if memory or (
+            isinstance(cause, RuntimeError | OSError) and any(part in text for part in _MEMORY_TEXTS)
+        ):
             said = f" ({text.splitlines()[0]})" if text else ""
             advice = "lower calibration.samples or calibration.sequence_length, or use a larger worker"
             return OutOfMemory(f"memory ran out{said}; {advice}")

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -102,7 +104,8 @@ class BlockSweep:
         self.progress.stage(State.EVALUATING, "perplexity", 0, len(streams.evaluation))
         values: dict[str, float] = {}
         for name, stream in streams.evaluation.items():
-            values[name] = perplexity(self.model, stream)
+            with self._full_precision(name == "fp"):
+                values[name] = perplexity(self.model, stream)
             self.progress.advance(len(values), len(streams.evaluation))
         return SweepResult(tuple(layers), tuple(blocks), values, self.cost)
 
@@ -117,17 +120,27 @@ class BlockSweep:
             stream.advance(block, index)
         return self.model.head(tokens, stream.hidden).float()
 
+    @contextmanager
+    def _full_precision(self, wanted: bool) -> Iterator[None]:
+        """Embeddings and head as the checkpoint has them; else they are as the artifact stores them."""
+        self.model.use_kept(as_stored=not wanted)
+        try:
+            yield
+        finally:
+            self.model.use_kept(as_stored=True)
+
     def _embed(self) -> _Streams:
         streams = _Streams()
+        self.progress.stage(State.CALIBRATING, "embedding the windows")
         if self.evaluation is not None and self.spec.evaluation is not None:
-            self.progress.stage(State.CALIBRATING, "embedding the evaluation windows")
-            first = Stream.embed(self.model, self.evaluation)
-            names = ("quantized", *self.spec.evaluation.baselines)
-            streams.evaluation = {name: first.fork() if i else first for i, name in enumerate(names)}
+            for name in ("quantized", *self.spec.evaluation.baselines):
+                with self._full_precision(name == "fp"):
+                    streams.evaluation[name] = Stream.embed(self.model, self.evaluation)
         if self.calibration is not None and self.quantizer.wants_statistics:
-            self.progress.stage(State.CALIBRATING, "embedding the calibration windows")
             streams.given = Stream.embed(self.model, self.calibration)
-            streams.floating = streams.given.fork() if self.quantizer.wants_float else None
+            if self.quantizer.wants_float:
+                with self._full_precision(True):
+                    streams.floating = Stream.embed(self.model, self.calibration)
         return streams
 
     def _visit(self, index: int, original: nn.Module, streams: _Streams) -> FinishedBlock:

@@ -11,12 +11,13 @@ from quantry.contract import JobSpec, Model
 class Workspace(Model):
     """Folders and limits of one attempt.
 
-    artifact: an empty folder for this attempt's files. checkpoints: kept between the attempts of a job,
+    job: the id that the manifest names. artifact: an empty folder for this attempt's files. checkpoints: kept between the attempts of a job,
     so that a later attempt resumes. cache: content-addressed downloads, shared by all jobs.
     model_roots: the only folders that the `local` source may read. uploads: dataset id -> file.
     hub_url: the model hub to ask, None for the public one.
     """
 
+    job: str | None = None
     artifact: Path
     checkpoints: Path
     cache: Path

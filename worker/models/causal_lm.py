@@ -7,7 +7,7 @@ when the sweep visits it and freed after, so that the device holds one block and
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantry.families import Family, family_of
+from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
 from worker.models.tensors import Checkpoint
 
@@ -114,12 +115,45 @@ class CausalLM:
         with self._stubs(hidden):
             return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
 
+    @property
+    def _halved(self) -> list[str]:
+        """The embeddings and head that the artifact stores in fewer bits than the checkpoint."""
+        return [name for name in self.tensors if is_halved(name, self.tensors.infos[name].dtype)]
+
     def kept(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor that is not a quantized layer's, as `(canonical name, tensor)`, from the checkpoint."""
+        """Every tensor that is not a quantized layer's, `(canonical name, tensor)`, as the artifact stores it."""
         quantized = {f"{self.family.blocks}.{i}.{name}" for i in range(len(self.blocks)) for name in self.family.linears}
+        tied = self._tied
         for name in self.tensors:
-            if name.rpartition(".")[0] not in quantized:
-                yield name, self.tensors.load(name)
+            if name.rpartition(".")[0] not in quantized and name not in tied:
+                yield name, self._stored(name)
+
+    def use_kept(self, *, as_stored: bool) -> None:
+        """Embeddings and head as the artifact stores them (what a new model has), or as the checkpoint does."""
+        for name in self._halved:
+            if name not in self._tied:
+                tensor = self._stored(name) if as_stored else self.tensors.load(name)
+                self.model.get_parameter(name).data.copy_(tensor)
+
+    def _load_skeleton(self) -> None:
+        blocks = {id(module) for block in self.blocks for module in block.modules()}
+        outside = [(n, m) for n, m in self.model.named_modules() if id(m) not in blocks]
+        self._fill(outside, "", self._stored)
+        self.model.tie_weights()
+
+    @property
+    def _tied(self) -> set[str]:
+        """Parameters that another one stands for (the head, where it is the embedding)."""
+        return set(self.model.all_tied_weights_keys)
+
+    def _stored(self, name: str) -> Tensor:
+        tensor = self.tensors.load(name)
+        if not is_halved(name, self.tensors.infos[name].dtype):
+            return tensor
+        half = tensor.half()
+        if not torch.isfinite(half).all():
+            raise NonFiniteError(f"{name} holds NaN, infinity or values beyond float16, in which it is stored")
+        return half
 
     @contextmanager
     def _stubs(self, first: Tensor | None) -> Iterator[_Recorded]:
@@ -143,8 +177,7 @@ class CausalLM:
 
     def _check_names(self) -> None:
         expected = {name: tuple(p.shape) for name, p in self.model.state_dict(keep_vars=True).items()}
-        tied = set(self.model.all_tied_weights_keys) if hasattr(self.model, "all_tied_weights_keys") else set()
-        missing = [n for n in expected if n not in self.tensors and n not in tied]
+        missing = [n for n in expected if n not in self.tensors and n not in self._tied]
         if missing:
             raise ModelError(f"{self.folder.name}: tensor `{missing[0]}` is missing ({len(missing)} in all)")
         for name, shape in expected.items():
@@ -154,19 +187,13 @@ class CausalLM:
         if unknown:
             raise ModelError(f"{self.folder.name}: tensor `{unknown[0]}` belongs to no layer of the architecture")
 
-    def _load_skeleton(self) -> None:
-        blocks = {id(module) for block in self.blocks for module in block.modules()}
-        outside = [(n, m) for n, m in self.model.named_modules() if id(m) not in blocks]
-        self._fill(outside, "")
-        self.model.tie_weights()
-
     def _materialise(self, block: nn.Module, prefix: str) -> None:
-        self._fill(list(block.named_modules()), prefix)
+        self._fill(list(block.named_modules()), prefix, self.tensors.load)
         for name, parameter in block.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{prefix}.{name} holds NaN or infinity: the checkpoint is damaged")
 
-    def _fill(self, modules: list[tuple[str, nn.Module]], prefix: str) -> None:
+    def _fill(self, modules: list[tuple[str, nn.Module]], prefix: str, load: Callable[[str], Tensor]) -> None:
         """Give modules on the meta device their memory, computed buffers and checkpoint tensors."""
         for path, module in modules:
             module.to_empty(device=self.device, recurse=False)
@@ -175,7 +202,7 @@ class CausalLM:
             for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
                 key = ".".join(part for part in (prefix, path, name) if part)
                 if key in self.tensors:
-                    tensor.data.copy_(self.tensors.load(key))
+                    tensor.data.copy_(load(key))
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:

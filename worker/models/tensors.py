@@ -6,10 +6,11 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from quantry.families import Family
+from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 from worker.errors import ModelError
 
 
@@ -18,18 +19,14 @@ class Checkpoint:
 
     def __init__(self, folder: Path, family: Family) -> None:
         self._folder = folder
+        self.infos: dict[str, TensorInfo] = {}
         self._where: dict[str, tuple[Path, str]] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in shard_files(folder):
-            try:
-                with safe_open(file, framework="pt") as shard:
-                    for stored in shard.keys():  # noqa: SIM118 - not a mapping
-                        name = family.canonical(stored)
-                        if not family.is_ignored(name):
-                            self._where[name] = (file, stored)
-                            self._shapes[name] = tuple(shard.get_slice(stored).get_shape())
-            except SafetensorError as error:
-                raise ModelError(f"{file.name} is not a whole safetensors file: {error}") from error
+        for file, tensors in read_headers(folder).items():
+            for stored, info in tensors.items():
+                name = family.canonical(stored)
+                if not family.is_ignored(name):
+                    self.infos[name] = info
+                    self._where[name] = (folder / file, stored)
 
     def __contains__(self, name: object) -> bool:
         return name in self._where
@@ -38,7 +35,7 @@ class Checkpoint:
         return iter(sorted(self._where))
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._shapes[name]
+        return self.infos[name].shape
 
     def load(self, name: str) -> Tensor:
         """The tensor in the checkpoint's dtype, on the CPU."""
@@ -46,6 +43,17 @@ class Checkpoint:
         with safe_open(file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(stored)
         return tensor.clone()
+
+
+def read_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
+    """The tensors of each file of a checkpoint. Raises ModelError for a truncated or malformed file."""
+    try:
+        shards = {file.name: read_header(file) for file in shard_files(folder)}
+        index = folder / "model.safetensors.index.json"
+        merge_shards(json.loads(index.read_text())["weight_map"] if index.exists() else None, shards)
+    except HeaderError as error:
+        raise ModelError(f"{folder.name}: {error}") from error
+    return shards
 
 
 def shard_files(folder: Path) -> list[Path]:

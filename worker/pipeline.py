@@ -1,0 +1,347 @@
+"""run(): from a job's spec to a folder that loads: resolve, sweep, export, verify, report."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import safetensors.torch
+import torch
+import transformers
+from torch import Tensor
+
+import quantry
+from quantry.contract import (
+    CostReport,
+    JobSpec,
+    Manifest,
+    QualityRow,
+    Rejected,
+    Report,
+    SizeReport,
+    SpecError,
+    State,
+    Succeeded,
+)
+from quantry.costs import estimate
+from quantry.planning import Plan, plan
+from quantry.quantizers.affine import QuantizedLayer
+from worker.calibration.store import BlockStore
+from worker.calibration.texts import calibration_windows, cut_windows, load_text, overlap, tokenize
+from worker.errors import DatasetError, DeviceError, RecipeError
+from worker.export import export, write_manifest, write_model_card
+from worker.export.verify import verify
+from worker.models.causal_lm import CausalLM
+from worker.models.source import check_folder, resolve
+from worker.models.tensors import read_headers, shard_files
+from worker.progress import Progress
+from worker.report import write_report
+from worker.sweep import BlockSweep, SweepResult
+from worker.workspace import Workspace
+
+OVERLAP_ALLOWED = 0.01  # of the evaluation's runs of 32 tokens: set phrases repeat in any two texts
+SMALL_MODEL = 20_000_000  # parameters; below, float32 costs nothing and keeps every digit
+REFERENCE = (2, 64)  # windows and tokens of the batch on which the written checkpoint must agree
+
+
+@dataclass
+class Prepared:
+    """A job whose model and texts are at hand and were checked."""
+
+    spec: JobSpec
+    plan: Plan
+    folder: Path
+    model: CausalLM
+    calibration: Tensor
+    evaluation: Tensor | None
+    evaluation_name: str
+    fingerprint: str
+    warnings: list[str] = field(default_factory=list)
+
+
+def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | Rejected:
+    """Run one job. Raises QuantizationError and its kinds; what it wrote is then of no use to anybody."""
+    began = time.perf_counter(), time.process_time()
+    if workspace.threads is not None:
+        torch.set_num_threads(workspace.threads)
+    job = prepare(spec, workspace, progress)
+    sweep = BlockSweep(
+        job.model,
+        job.spec,
+        BlockStore(workspace.checkpoints, job.fingerprint),
+        progress,
+        job.calibration,
+        job.evaluation,
+    )
+    result = sweep.run()
+    progress.stage(State.PACKAGING, "writing the checkpoint", 0, 3)
+    written = _export(job, sweep.store, workspace.artifact)
+    progress.advance(1, 3, "reloading the checkpoint in a clean process")
+    verification = _verify(job, sweep, workspace)
+    progress.advance(2, 3, "writing the report")
+    report = _report(job, sweep.store, result, workspace.artifact, verification, began)
+    write_report(workspace.artifact, report)
+    write_model_card(
+        workspace.artifact,
+        format=job.plan.format,
+        base_model=spec.model.id,
+        recipe=spec.recipe,
+        source=job.folder,
+        quality=report.quality,
+        size=report.size,
+        warnings=report.warnings,
+    )
+    manifest = write_manifest(workspace.artifact, format=job.plan.format, job=workspace.job, known=written.files)
+    progress.advance(3, 3, "done")
+    missed = _gate(spec, report.quality)
+    if missed:
+        return Rejected(report=report, manifest=manifest, detail=missed)
+    return Succeeded(report=report, manifest=manifest)
+
+
+def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared:
+    """Resolve the model, plan the job, read the texts, cut and check the windows."""
+    progress.stage(State.PREPARING, "resolving the model")
+    folder = resolve(spec.model, workspace)
+    tensors = {name: info for shard in read_headers(folder).values() for name, info in shard.items()}
+    try:
+        planned = plan(spec, check_folder(folder), tensors)
+    except SpecError as error:
+        raise RecipeError(f"{error.path}: {error.detail}") from error
+    device = _device(spec, workspace)
+    dtype = compute_dtype(spec, planned, device)
+    model = CausalLM(folder, device=device, dtype=dtype)
+    progress.stage(State.PREPARING, "reading the texts")
+    calibration, evaluation, name, warnings = _windows(planned, model, workspace)
+    warnings = [*planned.warnings, *warnings]
+    for text in warnings:
+        progress.event("warning", {"message": text})
+    fingerprint = _fingerprint(planned.spec, folder, model, calibration, evaluation)
+    return Prepared(planned.spec, planned, folder, model, calibration, evaluation, name, fingerprint, warnings)
+
+
+def _windows(
+    planned: Plan, model: CausalLM, workspace: Workspace
+) -> tuple[Tensor, Tensor | None, str, list[str]]:
+    spec = planned.spec
+    tokenizer = model.tokenizer()
+    wanted = spec.calibration
+    text = load_text(wanted.dataset, "calibration", workspace)
+    tokens = tokenize(text, tokenizer, model.start_token)
+    _check_vocabulary(int(tokens.max(initial=0)), model)
+    length = wanted.sequence_length or 0
+    calibration = calibration_windows(
+        tokens, samples=wanted.samples, length=length, seed=wanted.seed, name=text.name
+    )
+    if spec.evaluation is None:
+        return calibration, None, "", []
+    text = load_text(spec.evaluation.dataset, "evaluation", workspace)
+    tokens = tokenize(text, tokenizer, model.start_token)
+    evaluation = cut_windows(tokens, spec.evaluation.sequence_length or length)[: spec.evaluation.samples]
+    if not len(evaluation):
+        raise DatasetError(
+            f"evaluation: {text.name} has {len(tokens)} tokens, less than one window of "
+            f"{spec.evaluation.sequence_length}: give more text or a shorter sequence_length"
+        )
+    share = overlap(calibration, evaluation)
+    if share > OVERLAP_ALLOWED and not spec.evaluation.allow_overlap:
+        raise DatasetError(
+            f"evaluation: {share:.1%} of {text.name} also stands in the calibration windows; evaluate on other "
+            "text, or set evaluation.allow_overlap to accept figures that flatter the result"
+        )
+    warnings = [f"{share:.2%} of the evaluation text also stands in the calibration windows"] if share else []
+    return calibration, evaluation, text.name, warnings
+
+
+def _check_vocabulary(largest: int, model: CausalLM) -> None:
+    size = model.model.get_input_embeddings().num_embeddings
+    if largest >= size:
+        raise DatasetError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")
+
+
+def _device(spec: JobSpec, workspace: Workspace) -> torch.device:
+    wanted = workspace.device if spec.device == "auto" else spec.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device: cuda was asked for, but this worker has no CUDA device")
+    return torch.device(wanted)
+
+
+def compute_dtype(spec: JobSpec, planned: Plan, device: torch.device) -> torch.dtype:
+    """The dtype of the forwards: as asked, or bfloat16 where the processor multiplies it natively."""
+    if spec.compute_dtype != "auto":
+        return torch.bfloat16 if spec.compute_dtype == "bfloat16" else torch.float32
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native and planned.parameters >= SMALL_MODEL else torch.float32
+
+
+def _fingerprint(
+    spec: JobSpec, folder: Path, model: CausalLM, calibration: Tensor, evaluation: Tensor | None
+) -> str:
+    """A digest of everything that the quantized bytes depend on."""
+    digest = hashlib.sha256()
+    recipe = spec.model_dump_json(include={"recipe", "calibration", "evaluation"})
+    for part in (quantry.__version__, torch.__version__, str(model.device), str(model.dtype), recipe):
+        digest.update(f"{part}\n".encode())
+    for windows in (calibration, evaluation):
+        digest.update(b"-" if windows is None else windows.numpy().tobytes())
+    for file in [folder / "config.json", *shard_files(folder)]:
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()
+
+
+def _export(job: Prepared, store: BlockStore, target: Path) -> Manifest:
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir(parents=True)
+    return export(
+        job.folder,
+        target,
+        format=job.plan.format,
+        config=check_folder(job.folder),
+        family=job.plan.family,
+        layers=store.layers(job.plan.family.blocks, len(job.model.blocks)),
+        kept=job.model.kept(),
+        recipe=job.spec.recipe,
+        base_model=job.spec.model.id,
+    )
+
+
+def _verify(job: Prepared, sweep: BlockSweep, workspace: Workspace) -> dict[str, float | str]:
+    """Reload the artifact as a user would, in a clean process, and compare logits in float32."""
+    windows, length = REFERENCE
+    tokens = (job.calibration if job.evaluation is None else job.evaluation)[:windows]
+    if not job.spec.compensation or job.spec.compensation.granularity == "channel":
+        tokens = tokens[:, :length]  # biases per position need the window they were fitted for
+    exact = CausalLM(job.folder, device=torch.device("cpu"), dtype=torch.float32)
+    reference = BlockSweep(exact, job.spec, sweep.store, sweep.progress, None, None).reference_logits(tokens)
+    with tempfile.TemporaryDirectory(dir=workspace.artifact.parent) as folder:
+        path = Path(folder) / "reference.safetensors"
+        safetensors.torch.save_file({"input_ids": tokens.contiguous(), "logits": reference.contiguous()}, path)
+        return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
+
+
+def _report(
+    job: Prepared,
+    store: BlockStore,
+    result: SweepResult,
+    artifact: Path,
+    verification: dict[str, float | str],
+    began: tuple[float, float],
+) -> Report:
+    blocks = job.plan.family.blocks
+    ladder = [f"{layer.name}: damping raised to {layer.damping:g}" for layer in result.layers if _raised(job, layer.damping)]
+    return Report(
+        quality=_quality(job, result),
+        size=_size(job, store.layers(blocks, len(job.model.blocks)), artifact),
+        layers=result.layers,
+        blocks=result.blocks,
+        cost=_cost(job, result, began),
+        estimate=_estimate(job),
+        environment=_environment(job),
+        fingerprint=job.fingerprint,
+        format=job.plan.format,
+        warnings=(*job.warnings, *ladder),
+        verification=verification,
+    )
+
+
+def _raised(job: Prepared, damping: float | None) -> bool:
+    asked = getattr(job.spec.weight_step, "damping", None)
+    return damping is not None and asked is not None and damping > asked * 1.0001
+
+
+def _quality(job: Prepared, result: SweepResult) -> tuple[QualityRow, ...]:
+    if job.evaluation is None:
+        return ()
+    values = result.perplexity
+    row = QualityRow(
+        metric="perplexity",
+        dataset=job.evaluation_name,
+        samples=len(job.evaluation),
+        fp=values.get("fp"),
+        rtn=values.get("rtn"),
+        quantized=values["quantized"],
+    )
+    return (row,)
+
+
+def _size(job: Prepared, layers: object, artifact: Path) -> SizeReport:
+    bits = weights = added = 0
+    for name, layer in layers:  # type: ignore[attr-defined]
+        assert isinstance(layer, QuantizedLayer)
+        bias = _added_bytes(layer)
+        bits += layer.weight.storage_bits() + 8 * bias
+        weights += layer.weight.codes.numel()
+        added += bias
+        del name
+    stored = sum(f.stat().st_size for f in artifact.iterdir() if f.suffix in (".safetensors", ".gguf"))
+    return SizeReport(
+        fp_bytes=job.plan.fp_bytes,
+        quantized_bytes=stored,
+        effective_bits=bits / weights,
+        quantized_weights=weights,
+        added_bias_bytes=added,
+    )
+
+
+def _added_bytes(layer: QuantizedLayer) -> int:
+    """Bytes of the biases that the full-precision layer did not have."""
+    channel = layer.bias.numel() * 4 if layer.added_bias and layer.bias is not None else 0
+    return channel + (0 if layer.position_bias is None else layer.position_bias.numel() * 4)
+
+
+def _cost(job: Prepared, result: SweepResult, began: tuple[float, float]) -> CostReport:
+    cuda = job.model.device.type == "cuda"
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return CostReport(
+        wall_s=time.perf_counter() - began[0],
+        cpu_s=time.process_time() - began[1],
+        peak_rss_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        peak_device_bytes=torch.cuda.max_memory_allocated() if cuda else None,
+        quantize_wall_s=result.cost.wall_s,
+        quantize_cpu_s=result.cost.cpu_s,
+    )
+
+
+def _estimate(job: Prepared) -> dict[str, object]:
+    found = estimate(
+        job.plan,
+        threads=torch.get_num_threads(),
+        cuda=job.model.device.type == "cuda",
+        evaluation_bytes=None if job.evaluation is None else 4 * job.evaluation.numel(),
+    )
+    names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
+    return found.model_dump(mode="json", include=names)
+
+
+def _environment(job: Prepared) -> dict[str, str]:
+    return {
+        "quantry": quantry.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if job.model.device.type == "cuda" else platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "compute_dtype": str(job.model.dtype).removeprefix("torch."),
+    }
+
+
+def _gate(spec: JobSpec, quality: tuple[QualityRow, ...]) -> str | None:
+    """Why the result misses the quality gate of the job, or None."""
+    limit = spec.accept.perplexity_increase_max
+    if limit is None:
+        return None
+    for row in quality:
+        if row.fp is not None and row.quantized is not None and row.quantized > row.fp * (1 + limit):
+            return (
+                f"{row.metric} on {row.dataset} rose by {row.quantized / row.fp - 1:.2%}, "
+                f"{limit:.2%} is accepted (accept.perplexity_increase_max)"
+            )
+    return None

@@ -6,7 +6,7 @@ themselves stand in a table beside it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup, escape
@@ -162,7 +162,14 @@ def _svg(frame: Frame, parts: Iterable[Markup], name: str, title: str, about: st
 
 
 def _cell(width: int, parts: Iterable[Markup]) -> Markup:
-    box = {"viewBox": f"0 0 {width} 14", "width": width, "height": 14, "aria-hidden": "true", "class": "cell"}
+    box: dict[str, str | int | float] = {
+        "viewBox": f"0 0 {width} 14",
+        "preserveAspectRatio": "xMinYMid",
+        "width": width,
+        "height": 14,
+        "aria-hidden": "true",
+        "class": "cell",
+    }
     return _tag("svg", box, *parts)
 
 
@@ -170,7 +177,7 @@ def _text(text: str, x: float, y: float, anchor: str) -> Markup:
     return _tag("text", {"x": _n(x), "y": _n(y), "text-anchor": anchor}, escape(text))
 
 
-def _tag(name: str, attributes: dict[str, str | int | float], *children: Markup) -> Markup:
+def _tag(name: str, attributes: Mapping[str, str | int | float], *children: Markup) -> Markup:
     text = "".join(f' {key}="{escape(value)}"' for key, value in attributes.items())
     return Markup(f"<{name}{text}>{''.join(children)}</{name}>")
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from worker.report.scales import log_bounds, positive
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOWER_IS_BETTER = ("perplexity",)
+MANY_LAYERS = 64  # from here on the worst come first and the rest is folded
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,23 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class QualityLine:
+    """One of the three networks: its figure, the change against full precision, the loss as a bar."""
+
+    name: str
+    value: str
+    change: str
+    loss: Markup
+    result: bool
+
+
+@dataclass(frozen=True)
 class LayerRow:
+    """A layer with its drawings. `block` and `short` are the two parts of its name."""
+
     layer: LayerReport
+    block: str
+    short: str
     sqnr: Markup
     means: Markup
     against_rtn: str
@@ -51,8 +69,9 @@ def render(report: Report) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"bytes": bytes_text, "seconds": seconds_text, "number": number_text}
-    environment.globals |= {"change": change_text, "closed": closed_text, "small": small_text}
+    environment.globals |= {"closed": closed_text, "small": small_text, "lines": quality_lines}
     style = _style()
+    layers = layer_rows(report.layers)
     return environment.get_template("report.html").render(
         report=report,
         spec_json=report.spec.model_dump_json(indent=2) if report.spec else None,
@@ -63,7 +82,10 @@ def render(report: Report) -> str:
         tiles=tiles(report),
         warnings=warnings_of(report),
         charts=block_charts(report),
-        layers=layer_rows(report.layers),
+        layers=layers,
+        groups=[(block, list(rows)) for block, rows in groupby(layers, lambda row: row.block)],
+        worst=sorted(layers, key=_sqnr)[:10] if len(layers) > MANY_LAYERS else [],
+        grids=sorted({(layer.bits, layer.group_size or 0) for layer in report.layers}),
         means=means_text(report.layers),
         estimate=estimate_rows(report),
     )
@@ -84,13 +106,36 @@ def tiles(report: Report) -> list[Tile]:
 
 
 def _quality_tile(row: QualityRow) -> Tile:
-    change = change_text(row.quantized, row.fp)
+    change = signed(row.quantized, row.fp)
     if not change:
         return Tile(row.metric, number_text(row.quantized), f"on {row.dataset}")
     worse = (row.quantized or 0) > (row.fp or 0)
     tone = "good" if worse != (row.metric in LOWER_IS_BETTER) else "bad" if worse else "plain"
     note = f"{number_text(row.quantized)} instead of {number_text(row.fp)}"
-    return Tile(row.metric, change.replace("-", "−"), note, tone)
+    return Tile(row.metric, change, note, tone)
+
+
+def quality_lines(row: QualityRow) -> list[QualityLine]:
+    """Full precision, rounded to nearest, and the result; what was not measured is left out."""
+    figures = (("Full precision", row.fp), ("Round to nearest", row.rtn), ("Quantized", row.quantized))
+    losses = [
+        abs(v - row.fp) for _, v in figures if v is not None and row.fp is not None and math.isfinite(v)
+    ]
+    widest = max(losses, default=0.0)
+    found = []
+    for name, value in figures:
+        if value is None:
+            continue
+        loss = abs(value - row.fp) if row.fp is not None and name != "Full precision" else None
+        kind = "rtn" if name == "Round to nearest" else "ours"
+        drawn = bar(loss, low=0, high=widest, width=260, kind=kind) if widest else Markup("")
+        found.append(QualityLine(name, number_text(value), signed(value, row.fp), drawn, name == "Quantized"))
+    return found
+
+
+def signed(value: float | None, base: float | None) -> str:
+    """The change in per cent, with a minus sign as print has it; nothing where it is zero by definition."""
+    return "" if value == base else change_text(value, base).replace("-", "−")
 
 
 def warnings_of(report: Report) -> list[str]:
@@ -167,12 +212,27 @@ def layer_rows(layers: Sequence[LayerReport]) -> list[LayerRow]:
     return [
         LayerRow(
             layer,
+            *_split(layer.name),
             bar(layer.sqnr_db, low=low, high=high),
             dumbbell(layer.mean_error_before, layer.mean_error_after, low=least, high=most),
-            change_text(layer.relative_mse, layer.relative_mse_rtn).replace("-", "−"),
+            _per_cent(layer.relative_mse, layer.relative_mse_rtn),
         )
         for layer in layers
     ]
+
+
+def _split(name: str) -> tuple[str, str]:
+    """`model.layers.3.mlp.up_proj` -> (`model.layers.3`, `mlp.up_proj`)."""
+    found = re.match(r"(.*?\.\d+)\.(.+)$", name)
+    return (found[1], found[2]) if found else ("", name)
+
+
+def _per_cent(value: float | None, base: float | None) -> str:
+    return f"{100 * (value / base - 1):+.0f} %".replace("-", "−") if value is not None and base else ""
+
+
+def _sqnr(row: LayerRow) -> float:
+    return math.inf if row.layer.sqnr_db is None else row.layer.sqnr_db
 
 
 def means_text(layers: Sequence[LayerReport]) -> str:
@@ -211,8 +271,10 @@ def estimate_rows(report: Report) -> list[tuple[str, str, str]]:
 
 
 def small_text(value: float | None) -> str:
-    """An error or a ratio, to three digits."""
-    return "–" if value is None else f"{value:.3g}"
+    """An error or a ratio, to three digits: 0.0110, 1.30, 2.45e-07."""
+    if value is None:
+        return "–"
+    return f"{value:#.3g}".removesuffix(".") if value else "0"
 
 
 def _is_number(value: Any) -> bool:

@@ -52,11 +52,11 @@ def log_bounds(values: Sequence[float]) -> tuple[float, float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten where at least two fall between, else also their 2- and 5-fold; seven or so at most."""
+    """1, 2 and 5 times the powers of ten where they are few, else powers of ten alone; eight at most."""
     steps = [s for s in _steps(low, high) if low * 0.999999 <= s <= high * 1.000001]
-    powers = [s for s in steps if abs(math.log10(s) - round(math.log10(s))) < 1e-9]
-    if len(powers) < 2:
+    if len(steps) <= 8:
         return steps
+    powers = [s for s in steps if abs(math.log10(s) - round(math.log10(s))) < 1e-9]
     every = math.ceil(len(powers) / 7)
     return powers[::every]
 

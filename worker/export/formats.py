@@ -41,7 +41,10 @@ class Provenance:
 
     def as_json(self) -> dict[str, Any]:
         """What goes into config.json: nothing that changes from one attempt of a job to the next."""
-        return {"producer": {"name": PRODUCER, "version": self.version}, "recipe": [dict(s) for s in self.recipe]}
+        return {
+            "producer": {"name": PRODUCER, "version": self.version},
+            "recipe": [dict(s) for s in self.recipe],
+        }
 
 
 class WeightFormat(Protocol):
@@ -67,7 +70,9 @@ def check_layer(name: str, layer: QuantizedLayer) -> None:
     rows, columns = weight.codes.shape
     groups = columns // weight.group_size if weight.group_size else 1
     if weight.group_size and columns % weight.group_size:
-        raise ExportError(f"layer `{name}`: groups of {weight.group_size} do not divide its {columns} columns")
+        raise ExportError(
+            f"layer `{name}`: groups of {weight.group_size} do not divide its {columns} columns"
+        )
     if weight.scale.shape != (rows, groups) or weight.zero_point.shape != (rows, groups):
         raise ExportError(
             f"layer `{name}`: scales of shape {tuple(weight.scale.shape)}, expected {(rows, groups)}"
@@ -80,7 +85,9 @@ def check_layer(name: str, layer: QuantizedLayer) -> None:
     if int(weight.codes.max()) > top or int(weight.zero_point.max()) > top:
         raise ExportError(f"layer `{name}`: a code or zero-point does not fit in {weight.bits} bits")
     if weight.symmetric and not bool((weight.zero_point == 2 ** (weight.bits - 1)).all()):
-        raise ExportError(f"layer `{name}`: called symmetric, but its zero-points are not {2 ** (weight.bits - 1)}")
+        raise ExportError(
+            f"layer `{name}`: called symmetric, but its zero-points are not {2 ** (weight.bits - 1)}"
+        )
     if layer.bias is not None and layer.bias.shape != (rows,):
         raise ExportError(f"layer `{name}`: bias of shape {tuple(layer.bias.shape)}, expected {(rows,)}")
 
@@ -99,4 +106,6 @@ def float16_scale(name: str, layer: QuantizedLayer, label: str) -> Tensor:
 
 def refuse_positions(name: str, layer: QuantizedLayer, label: str) -> None:
     if layer.position_bias is not None:
-        raise ExportError(f"layer `{name}`: {label} has no place for a bias per position; use format `quantry`")
+        raise ExportError(
+            f"layer `{name}`: {label} has no place for a bias per position; use format `quantry`"
+        )

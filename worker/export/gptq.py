@@ -39,7 +39,9 @@ class Gptq:
         rows, columns = weight.codes.shape
         refuse_positions(name, layer, LABEL)
         if weight.bits not in BITS:
-            raise ExportError(f"layer `{name}`: the {LABEL} layout holds 2, 3, 4 or 8 bits, not {weight.bits}")
+            raise ExportError(
+                f"layer `{name}`: the {LABEL} layout holds 2, 3, 4 or 8 bits, not {weight.bits}"
+            )
         if rows % 32 or columns % 32:
             raise ExportError(
                 f"layer `{name}` is {rows} x {columns}: the {LABEL} layout packs 32 at a time both ways; use "

@@ -49,7 +49,8 @@ def write_model_card(
         f"# {base_model}, quantized\n",
         f"Made by [Quantry](https://pypi.org/project/quantry/) {quantry.__version__} from `{base_model}`.\n",
         "## How it was made\n",
-        "".join(f"{number}. {_step(step)}\n" for number, step in enumerate(recipe, 1)) or "See `config.json`.\n",
+        "".join(f"{number}. {_step(step)}\n" for number, step in enumerate(recipe, 1))
+        or "See `config.json`.\n",
         _figures(quality, size),
         "## Load it\n",
         f'```sh\npip install "{loader.package}{loader.version}" transformers\n```\n',
@@ -63,7 +64,11 @@ def write_model_card(
 
 
 def _front_matter(base_model: str, format: str, source: Path | None) -> str:
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", f"tags: [quantized, {format}, quantry]"]
+    lines = [
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        f"tags: [quantized, {format}, quantry]",
+    ]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("bundled/"):
         lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
     readme = source / "README.md" if source else None

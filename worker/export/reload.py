@@ -52,7 +52,9 @@ def _load(folder: Path, format: str) -> Any:
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
-            raise ValueError(f"{len(info[kind])} {kind.replace('_', ' ')}, such as {min(map(str, info[kind]))}")
+            raise ValueError(
+                f"{len(info[kind])} {kind.replace('_', ' ')}, such as {min(map(str, info[kind]))}"
+            )
     return model.eval()
 
 

@@ -76,7 +76,9 @@ class ShardWriter:
             weight_map = {tensor: names[shard] for tensor, shard in sorted(self._where.items())}
             metadata = {"total_size": self.total_bytes}
             write_json(self._folder / INDEX, {"metadata": metadata, "weight_map": weight_map})
-        return [entry.model_copy(update={"path": name}) for entry, name in zip(self._shards, names, strict=True)]
+        return [
+            entry.model_copy(update={"path": name}) for entry, name in zip(self._shards, names, strict=True)
+        ]
 
     def _flush(self) -> None:
         if self._pending:

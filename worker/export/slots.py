@@ -78,7 +78,9 @@ def _as_llama(config: Mapping[str, Any], family: Family) -> Config:
             "cannot: use format `quantry`"
         )
     llama: Config = {key: getattr(resolved, key) for key in _LLAMA_KEYS if hasattr(resolved, key)}
-    llama["head_dim"] = getattr(resolved, "head_dim", None) or resolved.hidden_size // resolved.num_attention_heads
+    llama["head_dim"] = (
+        getattr(resolved, "head_dim", None) or resolved.hidden_size // resolved.num_attention_heads
+    )
     rope = dict(resolved.rope_parameters)
     llama["rope_parameters"] = rope
     llama["rope_theta"] = rope["rope_theta"]  # where readers before transformers 5 look

@@ -85,7 +85,9 @@ def format_of(folder: Path) -> str:
         return str(method)
     if any(folder.glob("*.gguf")):
         return "gguf"
-    raise VerificationError(f"{folder}: quantization {method!r} of its config.json is none of {sorted(LOADERS)}")
+    raise VerificationError(
+        f"{folder}: quantization {method!r} of its config.json is none of {sorted(LOADERS)}"
+    )
 
 
 def main() -> int:
@@ -101,7 +103,9 @@ def main() -> int:
         result: dict[str, Any] = verify(options.folder, form, options.reference, tolerance=options.tolerance)
     except VerificationError as error:
         result = {"error": str(error)}
-    print(json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items()))
+    print(
+        json.dumps(result) if options.json else "\n".join(f"{key}: {value}" for key, value in result.items())
+    )
     return 1 if "error" in result else 0
 
 

@@ -79,7 +79,9 @@ def export(
                 target, FORMATS[format](), config, family, layers, kept, provenance, shard_bytes
             )
         copy_companions(source, target)
-        write_model_card(target, format=format, base_model=provenance.base_model, recipe=recipe, source=source)
+        write_model_card(
+            target, format=format, base_model=provenance.base_model, recipe=recipe, source=source
+        )
         manifest = write_manifest(target, format=format, job=job, known=files, write=False)
         sync_folder(target)
     return manifest
@@ -114,7 +116,9 @@ def _export_safetensors(
     _add(shards, encoder.finish())
     final = {key: value for key, value in config.items() if key != "quantization_config"}
     if not final.keys() & {"dtype", "torch_dtype"}:
-        final["dtype"] = str(dtype).removeprefix("torch.")  # else loaders take that of the first scale they meet
+        final["dtype"] = str(dtype).removeprefix(
+            "torch."
+        )  # else loaders take that of the first scale they meet
     biases = {f"{layer.name}.bias" for layer in stored if layer.bias}
     if not encoder.own_layers:
         biased = {local for name in biases | plain if (local := _biased_layer(name, family))}

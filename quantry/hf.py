@@ -1,0 +1,195 @@
+"""The `quantry` format for transformers: importing this module registers it.
+
+`quantization_config` of config.json:
+    quant_method "quantry", format_version 1, bits, group_size (null: per channel), symmetric, scale_dtype,
+    layers {module name: {"bias": bool, "positions": rows of the position bias, and any of the keys before that
+    differ for this layer}}, producer, recipe. Layers not named stay as they are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from quantry.families import FAMILIES
+from quantry.layers.linear import LinearFormat, QuantizedLinear
+from quantry.layers.positions import Positions
+
+FORMAT_VERSION = 1
+_PER_LAYER = ("bits", "group_size", "symmetric", "scale_dtype")
+_SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
+
+
+@register_quantization_config("quantry")
+class QuantryConfig(QuantizationConfigMixin):
+    """`quantization_config` of a checkpoint in the quantry format. `dequantize`: load dense weights."""
+
+    def __init__(
+        self,
+        bits: int,
+        group_size: int | None,
+        symmetric: bool,
+        scale_dtype: str,
+        layers: dict[str, dict[str, Any]],
+        format_version: int = FORMAT_VERSION,
+        dequantize: bool = False,
+        **extra: Any,
+    ) -> None:
+        self.quant_method = "quantry"
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"this checkpoint is of format version {format_version}, this quantry reads {FORMAT_VERSION}: "
+                "install the version that its model card names"
+            )
+        self.bits = bits
+        self.group_size = group_size
+        self.symmetric = symmetric
+        self.scale_dtype = scale_dtype
+        self.layers = layers
+        self.format_version = format_version
+        self.dequantize = dequantize
+        for key, value in extra.items():  # recipe, producer: kept when the model is saved again
+            if key != "quant_method":
+                setattr(self, key, value)
+
+    def layer_format(self, name: str) -> LinearFormat:
+        """What is stored for this layer. Raises ValueError for an entry that makes no sense."""
+        entry = self.layers[name]
+        unknown = set(entry) - {*_PER_LAYER, "bias", "positions"}
+        if unknown:
+            raise ValueError(f"quantization_config.layers.{name}: unknown keys {sorted(unknown)}")
+        bits, group_size, symmetric, scale = (entry.get(key, getattr(self, key)) for key in _PER_LAYER)
+        if scale not in _SCALE_DTYPES:
+            raise ValueError(f"quantization_config.layers.{name}: scale_dtype {scale!r} is not known")
+        bias, positions = bool(entry.get("bias", False)), int(entry.get("positions", 0))
+        return LinearFormat(bits, group_size, symmetric, _SCALE_DTYPES[scale], bias, positions)
+
+
+@register_quantizer("quantry")
+class QuantryQuantizer(HfQuantizer):
+    """Puts packed layers in place of dense ones before transformers reads the files."""
+
+    requires_calibration = True  # only checkpoints that are quantized already
+    quantization_config: QuantryConfig
+
+    def __init__(self, quantization_config: QuantryConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.transposed: set[str] = set()  # layers that were a Conv1D
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        positions = Positions()
+        for stored in self.quantization_config.layers:
+            form = self.quantization_config.layer_format(stored)
+            name = _module_name(model, stored)
+            dense = model.get_submodule(name)
+            inputs, outputs = _shape(dense, name)
+            if isinstance(dense, Conv1D):
+                self.transposed.add(name)
+            with torch.device("meta"):
+                packed = QuantizedLinear(inputs, outputs, form, positions if form.positions else None)
+            model.set_submodule(name, packed)
+            # Some parents (GPT-2's) would rescale the weight of a layer at random initialization
+            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+        if any(entry.get("positions") for entry in self.quantization_config.layers.values()):
+            positions.watch(model)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        if self.quantization_config.dequantize:
+            return self._dequantize(model)
+        return model
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Dense layers in place of the packed ones. Raises ValueError where a bias depends on the position."""
+        packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
+        held = [name for name, module in packed.items() if module.position_bias is not None]
+        if held:
+            raise ValueError(
+                f"{held[0]} has a bias per position, which a dense layer cannot hold: keep it packed"
+            )
+        open_bias_slots(model, {name for name, module in packed.items() if module.bias is not None})
+        for name, module in packed.items():
+            model.set_submodule(name, _dense(module, dtype or model.dtype, name in self.transposed))
+        return model
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+def _module_name(model: nn.Module, stored: str) -> str:
+    """The layer's name in this model, which may be the causal LM or only its base."""
+    names = {name for name, _ in model.named_modules()}
+    for name in (stored, stored.removeprefix(f"{model.base_model_prefix}.")):
+        if name in names:
+            return name
+    raise ValueError(f"the checkpoint quantizes `{stored}`, which {type(model).__name__} does not have")
+
+
+def _shape(module: nn.Module, name: str) -> tuple[int, int]:
+    """(in, out) of a linear layer."""
+    if isinstance(module, Conv1D):
+        return int(module.nx), int(module.nf)
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    raise ValueError(f"`{name}` is a {type(module).__name__}, not a linear layer")
+
+
+def _dense(packed: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.Module:
+    weight = packed.dequantize(dtype)
+    bias = None if packed.bias is None else nn.Parameter(packed.bias.to(dtype))
+    layer: nn.Module
+    with torch.device("meta"):
+        if transposed:
+            layer = Conv1D(packed.out_features, packed.in_features)
+        else:
+            layer = nn.Linear(packed.in_features, packed.out_features, bias=bias is not None)
+    layer.weight = nn.Parameter(weight.t().contiguous() if transposed else weight, requires_grad=False)
+    if transposed and bias is None:
+        bias = nn.Parameter(torch.zeros(packed.out_features, dtype=dtype, device=weight.device))
+    layer.bias = bias
+    return layer
+
+
+def open_bias_slots(model: nn.Module, biased: set[str]) -> None:
+    """Make the config say that these layers have biases, so that a model saved dense keeps them.
+
+    A switch gives every layer under it a bias: those that had none get zeros. Warns where no switch exists.
+    """
+    family = FAMILIES.get(model.config.model_type)
+    switches: Mapping[str, tuple[str, ...]] = family.bias_switches if family else {}
+    fixed = family.fixed_bias if family else ()
+    homeless = {name for name in biased if not name.endswith((*fixed, *sum(switches.values(), ()), "\0"))}
+    if homeless:
+        warnings.warn(
+            f"{model.config.model_type} has no place for the biases of {len(homeless)} layers, such as "
+            f"{min(homeless)}: they work in memory, but are lost when the dense model is saved and loaded",
+            stacklevel=3,
+        )
+    for switch, suffixes in switches.items():
+        if not getattr(model.config, switch, False) and any(name.endswith(suffixes) for name in biased):
+            setattr(model.config, switch, True)
+            under = [module for name, module in model.named_modules() if name.endswith(suffixes)]
+            for module in under:
+                _add_bias(module)
+
+
+def _add_bias(module: nn.Module) -> None:
+    """Give a linear layer that has no bias one of zeros."""
+    if getattr(module, "bias", None) is not None:
+        return
+    if isinstance(module, QuantizedLinear):
+        module.bias = torch.zeros(module.out_features, device=module.weight_packed.device)
+    elif isinstance(module, nn.Linear):
+        weight = module.weight
+        module.bias = nn.Parameter(weight.new_zeros(module.out_features), requires_grad=weight.requires_grad)

@@ -86,7 +86,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
     progress.advance(1, 3, "reloading the checkpoint in a clean process")
     verification = _verify(job, sweep, workspace)
     progress.advance(2, 3, "writing the report")
-    report = _report(job, sweep.store, result, workspace.artifact, verification, began)
+    report = _report(job, sweep.store, result, workspace, verification, began)
     write_report(workspace.artifact, report)
     write_model_card(
         workspace.artifact,
@@ -231,15 +231,17 @@ def _report(
     job: Prepared,
     store: BlockStore,
     result: SweepResult,
-    artifact: Path,
+    workspace: Workspace,
     verification: dict[str, float | str],
     began: tuple[float, float],
 ) -> Report:
     blocks = job.plan.family.blocks
     ladder = [f"{layer.name}: damping raised to {layer.damping:g}" for layer in result.layers if _raised(job, layer.damping)]
     return Report(
+        job=workspace.job,
+        spec=job.spec,
         quality=_quality(job, result),
-        size=_size(job, store.layers(blocks, len(job.model.blocks)), artifact),
+        size=_size(job, store.layers(blocks, len(job.model.blocks)), workspace.artifact),
         layers=result.layers,
         blocks=result.blocks,
         cost=_cost(job, result, began),

@@ -15,6 +15,7 @@ from quantry.contract import (
     DatasetRead,
     Estimate,
     JobRead,
+    LayerReport,
     Manifest,
     MethodInfo,
     QualityRow,
@@ -129,16 +130,16 @@ def show_report(console: Console, report: Report) -> None:
         f"took {seconds_text(cost.wall_s)} ({seconds_text(cost.cpu_s)} of CPU), "
         f"at most {bytes_text(cost.peak_rss_bytes)} of memory"
     )
-    worst = sorted(report.layers, key=lambda layer: layer.sqnr_db)[:5]
-    if worst:
+    worst = sorted(report.layers, key=_sqnr)[:5]
+    if worst and worst[0].sqnr_db is not None:
         table = Table(title="Layers with the largest output error", title_justify="left", title_style="bold")
         table.add_column("layer")
         for name in ("bits", "SQNR (dB)", "relative MSE", "of RTN"):
             table.add_column(name, justify="right")
         for layer in worst:
-            mse, rtn = layer.relative_mse, layer.relative_mse_rtn
+            mse, rtn = layer.relative_mse or 0, layer.relative_mse_rtn
             table.add_row(
-                layer.name, str(layer.bits), f"{layer.sqnr_db:.1f}", f"{mse:.3g}", change_text(mse, rtn)
+                layer.name, str(layer.bits), f"{_sqnr(layer):.1f}", f"{mse:.3g}", change_text(mse, rtn)
             )
         console.print(table)
 
@@ -203,6 +204,10 @@ def show_manifest(console: Console, manifest: Manifest, folder: str) -> None:
     )
     console.print(f"\nTo load it ({manifest.loader.package} {manifest.loader.version}):\n", markup=False)
     console.print(manifest.loader.snippet, markup=False)
+
+
+def _sqnr(layer: LayerReport) -> float:
+    return float("inf") if layer.sqnr_db is None else layer.sqnr_db
 
 
 def _state(state: State) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import quote
@@ -187,15 +188,13 @@ class Client:
     def upload_dataset(self, file: str | os.PathLike[str], *, name: str | None = None) -> DatasetRead:
         """Upload a text (.txt, .jsonl, .parquet) to calibrate or evaluate with; the name tells its kind."""
         path = Path(file)
-        with path.open("rb") as content:
-            response = self._connection.request(
-                "POST",
-                "/v1/datasets",
-                params={"name": name or path.name},
-                content=content,
-                headers={"Content-Type": "application/octet-stream"},
-                retries=0,
-            )
+        response = self._connection.request(
+            "POST",
+            "/v1/datasets",
+            params={"name": name or path.name},
+            content=partial(_pieces, path),
+            headers={"Content-Type": "application/octet-stream", "Content-Length": str(path.stat().st_size)},
+        )
         return DatasetRead.model_validate_json(response.content)
 
     def datasets(self) -> tuple[DatasetRead, ...]:
@@ -210,6 +209,13 @@ class Client:
 
     def _post(self, path: str, body: Any = None, headers: Mapping[str, str] | None = None) -> bytes:
         return self._connection.request("POST", path, json=body, headers=headers).content
+
+
+def _pieces(path: Path) -> Iterator[bytes]:
+    """A file in pieces of a mebibyte."""
+    with path.open("rb") as content:
+        while piece := content.read(1 << 20):
+            yield piece
 
 
 def _id(job: str | JobRead) -> str:

@@ -6,7 +6,7 @@ import ipaddress
 import os
 import random
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import httpx2
 from quantry.client.errors import ConnectionFailed, QuantryError, problem_of
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-BUSY = (429, 502, 503, 504)
+BUSY = (502, 503, 504)
 FATAL = (httpx2.UnsupportedProtocol, httpx2.LocalProtocolError)
 
 
@@ -63,7 +63,7 @@ class Connection:
     """Sends requests; an answer below 400 comes back, all else is a QuantryError.
 
     Every request here may be sent twice: reads by nature, submits by their Idempotency-Key, cancels and
-    retries because the server makes them so. Those that may not pass `retries=0`.
+    retries because the server makes them so, uploads because equal bytes are one dataset.
     """
 
     def __init__(self, url: httpx2.URL, key: str | None, *, timeout: float, retries: int) -> None:
@@ -86,20 +86,24 @@ class Connection:
         path: str,
         *,
         json: Any = None,
-        content: Any = None,
+        content: Callable[[], Iterable[bytes]] | None = None,
         params: Mapping[str, str | int] | None = None,
         headers: Mapping[str, str] | None = None,
         extra_s: float = 0.0,
-        retries: int | None = None,
     ) -> httpx2.Response:
-        """Send and read whole. `extra_s` is added to the read timeout (of a long poll)."""
-        allowed = self.retries if retries is None else retries
+        """Send and read whole. content: makes the body anew for each try; extra_s: for a long poll."""
+        allowed = self.retries
         for attempt in range(1, allowed + 2):
             try:
                 response = self._http.request(
-                    method, path, json=json, content=content, params=params, headers=headers,
+                    method,
+                    path,
+                    json=json,
+                    content=content() if content else None,
+                    params=params,
+                    headers=headers,
                     timeout=httpx2.Timeout(self._timeout, read=self._timeout + extra_s),
-                )  # fmt: skip
+                )
             except httpx2.TransportError as error:
                 if attempt > allowed or isinstance(error, FATAL):
                     raise self.failed(error) from error

@@ -20,6 +20,7 @@ from quantry.client.errors import ProblemError, QuantryError
 from quantry.client.following import job_path
 from quantry.contract import FileEntry, Manifest
 
+MANIFEST = "manifest.json"
 CHUNK = 1 << 20
 STALLS = 6  # tries in a row that bring no byte
 
@@ -28,6 +29,15 @@ OnBytes = Callable[[int, int], None]
 
 class DownloadError(QuantryError):
     """A file could not be fetched, stored, or does not have the bytes that the manifest promises."""
+
+
+@dataclass(frozen=True)
+class _Source:
+    """What to fetch: its path on the server, its length, its ETag."""
+
+    path: str
+    bytes: int
+    etag: str
 
 
 @dataclass
@@ -56,8 +66,7 @@ def download_files(
     name (`model.safetensors.<digest>.part`), so it is only ever continued to that very file.
     Raises DownloadError, ConnectionFailed, ProblemError.
     """
-    response = connection.request("GET", job_path(job, "files"))
-    manifest = Manifest.model_validate_json(response.content)
+    content, manifest = _manifest(connection, job)
     targets = [(entry, _target(folder, entry.path)) for entry in manifest.files]
     _check_space(folder, targets)
     meter = _Meter(sum(entry.bytes for entry in manifest.files), on_bytes)
@@ -69,35 +78,36 @@ def download_files(
     finally:  # also on Ctrl-C: the others end at their next piece and keep their parts
         meter.stop.set()
         pool.shutdown(wait=True, cancel_futures=True)
-    text = manifest.model_dump_json(indent=2) + "\n"
-    part = folder / "manifest.json.part"
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, folder / "manifest.json")
+    part = folder / f"{MANIFEST}.part"
+    part.write_bytes(content)
+    os.replace(part, folder / MANIFEST)
     return manifest
 
 
 def download_checkpoint(
     connection: Connection, job: str, file: Path, *, on_bytes: OnBytes | None = None
 ) -> Manifest:
-    """Fetch the artifact as one tar stream and check each member's digest before the file gets its name."""
-    response = connection.request("GET", job_path(job, "files"))
-    manifest = Manifest.model_validate_json(response.content)
-    meter = _Meter(sum(entry.bytes for entry in manifest.files), on_bytes)
-    part = file.with_name(file.name + ".part")
+    """Fetch the artifact as one tar file and check each member's digest before the file gets its name.
+
+    The tar is the same bytes each time, so an earlier part is continued; its ETag is in the part's name.
+    """
+    _, manifest = _manifest(connection, job)
+    head = connection.request("HEAD", job_path(job, "checkpoint"), headers={"Accept": "*/*"})
+    source = _Source(job_path(job, "checkpoint"), int(head.headers["Content-Length"]), head.headers["ETag"])
     file.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with connection.stream(job_path(job, "checkpoint")) as body, part.open("wb") as out:
-            for chunk in body.iter_raw(CHUNK):
-                out.write(chunk)
-                meter.add(len(chunk))
-            out.flush()
-            os.fsync(out.fileno())
-    except httpx2.TransportError as error:
-        part.unlink(missing_ok=True)  # a stream made on the fly cannot be continued
-        raise connection.failed(error) from error
-    _check_tar(part, manifest)
-    os.replace(part, file)
+    mark = hashlib.sha256(source.etag.encode()).hexdigest()[:16]
+    path = file.with_name(f"{file.name}.{mark}.part")
+    with _Part(path, source, _Meter(source.bytes, on_bytes)) as part:
+        _transfer(connection, part)
+    _check_tar(path, manifest)
+    os.replace(path, file)
     return manifest
+
+
+def _manifest(connection: Connection, job: str) -> tuple[bytes, Manifest]:
+    """`manifest.json` as it is on the server, byte for byte, and read."""
+    content = connection.request("GET", job_path(job, "files", MANIFEST)).content
+    return content, Manifest.model_validate_json(content)
 
 
 def _target(folder: Path, path: str) -> Path:
@@ -137,12 +147,13 @@ def _fetch(connection: Connection, job: str, entry: FileEntry, target: Path, met
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     path = _part(target, entry)
-    with _Part(path, entry, meter) as part:
+    source = _Source(job_path(job, "files", entry.path), entry.bytes, f'"{entry.sha256}"')
+    with _Part(path, source, meter) as part:
         resumed = part.have > 0
-        _transfer(connection, job_path(job, "files", entry.path), part)
+        _transfer(connection, part)
         if part.digest != entry.sha256 and resumed:
             part.clear()
-            _transfer(connection, job_path(job, "files", entry.path), part)
+            _transfer(connection, part)
         digest = part.digest
     if digest != entry.sha256:
         path.unlink()
@@ -156,12 +167,12 @@ def _fetch(connection: Connection, job: str, entry: FileEntry, target: Path, met
 class _Part:
     """A file on its way: its bytes on disk, and their running digest."""
 
-    def __init__(self, path: Path, entry: FileEntry, meter: _Meter) -> None:
-        self.entry, self.meter = entry, meter
+    def __init__(self, path: Path, source: _Source, meter: _Meter) -> None:
+        self.source, self.meter = source, meter
         self.have = 0
         self._sha256 = hashlib.sha256()
         self._file = path.open("a+b")
-        if path.stat().st_size > entry.bytes:
+        if path.stat().st_size > source.bytes:
             self._file.truncate(0)
         self._file.seek(0)
         while chunk := self._file.read(CHUNK):
@@ -181,7 +192,7 @@ class _Part:
 
     @property
     def complete(self) -> bool:
-        return self.have == self.entry.bytes
+        return self.have == self.source.bytes
 
     def clear(self) -> None:
         self._file.truncate(0)
@@ -191,10 +202,10 @@ class _Part:
 
     def append(self, chunk: bytes) -> None:
         if self.meter.stop.is_set():
-            raise DownloadError(f"{self.entry.path}: stopped; what came so far is kept for the next time")
-        if self.have + len(chunk) > self.entry.bytes:
+            raise DownloadError(f"{self.source.path}: stopped; what came so far is kept for the next time")
+        if self.have + len(chunk) > self.source.bytes:
             raise DownloadError(
-                f"{self.entry.path}: more came than the {self.entry.bytes:,} bytes of the manifest"
+                f"{self.source.path}: more came than the {self.source.bytes:,} bytes promised"
             )
         self._file.write(chunk)
         self._count(chunk)
@@ -205,33 +216,33 @@ class _Part:
         self.meter.add(len(chunk))
 
 
-def _transfer(connection: Connection, path: str, part: _Part) -> None:
+def _transfer(connection: Connection, part: _Part) -> None:
     """Append to the part until all bytes are there, over as many connections as it takes."""
     stalls = 0
     while not part.complete:
         before = part.have
         error: QuantryError | None = None
         try:
-            _read_into(connection, path, part)
+            _read_into(connection, part)
         except httpx2.TransportError as broken:
             error = connection.failed(broken)
         except ProblemError as problem:
-            if problem.status < 500 and problem.status != 429:
+            if problem.status < 500:
                 raise
             error = problem
         stalls = 0 if part.have > before else stalls + 1
         if stalls >= STALLS:
-            raise error or DownloadError(f"{part.entry.path}: the server sent nothing; look into its log")
+            raise error or DownloadError(f"{part.source.path}: the server sent nothing; look into its log")
         if not part.complete:
             part.meter.stop.wait(backoff_s(stalls + 1))
 
 
-def _read_into(connection: Connection, path: str, part: _Part) -> None:
-    """One request for what is missing; a server that answers with the whole file is taken at its word."""
+def _read_into(connection: Connection, part: _Part) -> None:
+    """One request for what is missing. Where the bytes have changed, If-Range makes all of them come."""
     headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
-    if part.have:  # the ETag of a file is its sha256, so a file that changed comes whole
-        headers |= {"Range": f"bytes={part.have}-", "If-Range": f'"{part.entry.sha256}"'}
-    with connection.stream(path, headers=headers) as body:
+    if part.have:
+        headers |= {"Range": f"bytes={part.have}-", "If-Range": part.source.etag}
+    with connection.stream(part.source.path, headers=headers) as body:
         if part.have and body.status_code != 206:
             part.clear()
         for chunk in body.iter_raw():  # as it comes: a cut loses nothing that arrived

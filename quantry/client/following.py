@@ -65,7 +65,7 @@ def follow(connection: Connection, job: str, after: int) -> Iterator[Event | Non
             if time.monotonic() - lost_since > PATIENCE_S:
                 raise connection.failed(error) from error
         except ProblemError as error:
-            if error.status < 500 and error.status != 429:
+            if error.status < 500:
                 raise
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > PATIENCE_S:

@@ -8,6 +8,7 @@ import selectors
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +24,10 @@ class BadMessage(Exception):
 
 @dataclass(frozen=True)
 class Exit:
-    """How a job process ended. code: as in subprocess, -N for signal N. peak_rss: bytes, of its largest process."""
+    """How a job process ended.
+
+    code: as in subprocess, -N for signal N. peak_rss: bytes, of the largest process of the job.
+    """
 
     code: int
     peak_rss: int
@@ -56,22 +60,33 @@ class Child:
 
     def read(self, timeout: float) -> list[bytes]:
         """Whole lines that arrived, after waiting for at most `timeout` seconds. Raises BadMessage."""
-        if self.eof:
+        if not self._arrived(timeout):
             return []
-        with selectors.DefaultSelector() as selector:
-            selector.register(self.messages, selectors.EVENT_READ)
-            if not selector.select(timeout):
-                return []
         data = os.read(self.messages, 2**20)
         self.eof = not data
-        *lines, rest = (bytes(self._buffer) + data).split(b"\n") if b"\n" in data else (bytes(),)
-        if b"\n" in data:
-            self._buffer = bytearray(rest)
-            return lines
         self._buffer += data
-        if len(self._buffer) > MAX_LINE:
-            raise BadMessage(f"a message is longer than {MAX_LINE} bytes")
-        return []
+        if b"\n" not in data:
+            if len(self._buffer) > MAX_LINE:
+                raise BadMessage(f"a message is longer than {MAX_LINE} bytes")
+            return []
+        *lines, rest = bytes(self._buffer).split(b"\n")
+        self._buffer = bytearray(rest)
+        return lines
+
+    def drain(self) -> list[bytes]:
+        """What a process that has exited left in the pipe. Raises BadMessage."""
+        lines = []
+        while self._arrived(0):
+            lines += self.read(0)
+        return lines
+
+    def _arrived(self, timeout: float) -> bool:
+        if self.eof:
+            time.sleep(timeout)
+            return False
+        with selectors.DefaultSelector() as selector:
+            selector.register(self.messages, selectors.EVENT_READ)
+            return bool(selector.select(timeout))
 
     def exited(self) -> bool:
         """Whether the process has ended. It is not reaped, so its id cannot be given to another yet."""
@@ -135,8 +150,6 @@ def environment(threads: int | None) -> dict[str, str]:
         "MALLOC_TRIM_THRESHOLD_": "17179869184",
         "MALLOC_TOP_PAD_": "268435456",
         "PYTHONUNBUFFERED": "1",
-        "TOKENIZERS_PARALLELISM": "false",
     }
-    if threads is not None:
-        tuning["OMP_NUM_THREADS"] = str(threads)
-    return {**tuning, **allowed}
+    chosen = {"OMP_NUM_THREADS": str(threads)} if threads is not None else {}
+    return {**tuning, **allowed, **chosen}

@@ -1,7 +1,7 @@
 """The job process: `python -m worker.process --messages-fd N`, started by `worker.child`.
 
 Standard input is a pipe that the parent holds open: one line of JSON (`JobInput`), then nothing until the
-parent is gone. End-of-file, before the line or after it, ends the whole process group, whatever else is going on.
+parent is gone. End-of-file, before the line or after it, ends the whole process group, whatever else goes on.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TextIO
 
 from quantry.contract import Failed, JobError, Outcome
@@ -27,8 +27,8 @@ _FULL_TEXTS = ("No space left on device", "os error 28", "Disk quota exceeded")
 _MEMORY_TEXTS = ("can't allocate memory", "CUDA out of memory", "std::bad_alloc", "Cannot allocate memory")
 
 
-def main() -> None:
-    """Import what every job needs, say `ready`, run the one job that is handed in, say how it ended."""
+def main(serve: Callable[[queue.SimpleQueue[bytes], TextIO], None]) -> None:
+    """Set up the two pipes and hand them to `serve`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--messages-fd", type=int, required=True)
     arguments = parser.parse_args()
@@ -61,23 +61,21 @@ def end_group() -> None:
 
 
 def serve(requests: queue.SimpleQueue[bytes], out: TextIO) -> None:
-    """One job, from its request to its outcome."""
-    from worker import pipeline  # noqa: F401  # slow: torch and transformers; done while no job waits
+    """Import what every job needs, say `ready`, run the one job that is handed in, say how it ended."""
+    from worker import pipeline  # slow: torch and transformers; done while no job waits
 
     progress = Progress(out)
     progress.message({"type": "ready"})
     job = JobInput.model_validate_json(requests.get())
-    outcome = attempt(job, progress)
+    workspace = job.workspace.model_copy(update={"job": job.job})
+    outcome = guarded(lambda: pipeline.run(job.spec, workspace, progress))
     progress.message({"type": "outcome", **outcome.model_dump(mode="json")})
 
 
-def attempt(job: JobInput, progress: Progress) -> Outcome:
-    """Run the pipeline; every exception becomes a typed failure."""
-    from worker import pipeline
-
+def guarded(run: Callable[[], Outcome]) -> Outcome:
+    """The outcome of `run`; every exception becomes a typed failure."""
     try:
-        workspace = job.workspace.model_copy(update={"job": job.job})
-        return pipeline.run(job.spec, workspace, progress)
+        return run()
     except Exception as error:  # noqa: BLE001  # the border of the process: nothing may escape it
         traceback.print_exc()
         return Failed(error=failure(error))
@@ -136,6 +134,6 @@ def _place(error: BaseException) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(serve)
     sys.stdout.flush()
     os._exit(0)  # library threads and atexit handlers must not delay the end of a finished job

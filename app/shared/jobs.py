@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -70,7 +70,8 @@ def submit(
             job = _new_job(spec, owner, idempotency_key, digest, now or database.now(session))
             session.add(job)
             session.flush()
-            session.add(Outbox(job_id=job.id, created_at=job.created_at, rung_at=None))
+            rung_at = job.created_at if queue.configured() else None
+            session.add(Outbox(job_id=job.id, created_at=job.created_at, rung_at=rung_at))
             session.add(_created(job))
     except IntegrityError:  # on PostgreSQL the same key may be inserted by two requests at once
         with transaction(session, write=False):
@@ -78,8 +79,15 @@ def submit(
         if job is None:
             raise
         return job
-    queue.ring(job.id)
+    if queue.configured() and not queue.ring(job.id):
+        _not_rung(session, job.id)
     return job
+
+
+def _not_rung(session: Session, job_id: str) -> None:
+    """The announcement failed: let the dispatcher make it as soon as the broker is back."""
+    with transaction(session):
+        session.execute(update(Outbox).where(Outbox.job_id == job_id).values(rung_at=None))
 
 
 def fingerprint(spec: JobSpec) -> str:
@@ -139,6 +147,12 @@ def _created(job: Job) -> JobEvent:
     return JobEvent(job_id=job.id, id=1, at=job.created_at, kind="state", data=data)
 
 
+def repeated(session: Session, *, owner: str, key: str, request_sha256: str) -> Job | None:
+    """The job that an earlier request with this idempotency key made. Raises IdempotencyConflict."""
+    with transaction(session, write=False):
+        return _repeated(session, owner, key, request_sha256)
+
+
 def get(session: Session, job_id: str, *, owner: str) -> Job:
     """The job as it is now. Raises JobNotFound, also for a job of another owner."""
     with transaction(session, write=False):
@@ -161,6 +175,7 @@ def page(
     cursor: str | None = None,
     states: Sequence[State] = (),
     label: tuple[str, str] | None = None,
+    labels: Sequence[tuple[str, str]] = (),
 ) -> tuple[list[Job], str | None]:
     """Jobs of the owner, newest first, and the cursor of the next page (None at the end).
 
@@ -174,8 +189,8 @@ def page(
         query = query.where(Job.id < cursor)
     if states:
         query = query.where(Job.state.in_([state.value for state in states]))
-    if label is not None:
-        query = query.where(Job.labels[label[0]].as_string() == label[1])
+    for name, value in [*labels, *([label] if label is not None else [])]:
+        query = query.where(Job.labels[name].as_string() == value)
     with transaction(session, write=False):
         found = list(session.scalars(query.execution_options(populate_existing=True)))
     return found[:limit], found[limit - 1].id if len(found) > limit else None

@@ -7,6 +7,7 @@ Each function is one short transaction; `now` is for tests, as in `jobs.py`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -21,6 +22,7 @@ from app.shared.database import transaction
 from app.shared.moves import append_events, close_attempt, move
 from app.shared.tables import Dataset, Job, JobAttempt
 from quantry.contract import (
+    FINISHED,
     RUNNING,
     Cancelled,
     DatasetRef,
@@ -208,6 +210,7 @@ def finish(
 ) -> State | None:
     """Record how the job ended and return its final state; None if the claim is stale (nothing is written).
 
+    Repeating it, say after a broken connection, changes nothing and returns the state that was recorded.
     A job that is being cancelled ends as cancelled, whatever the outcome. `artifact` is kept only by
     `succeeded` and `rejected`: with any other result the caller removes it.
     """
@@ -215,7 +218,7 @@ def finish(
         now = now or database.now(session)
         job = _held(session, claim)
         if job is None:
-            return None
+            return _recorded(session, claim)
         if job.state == State.CANCELLING:
             outcome = Cancelled()
         to, values, detail = _ending(outcome, artifact)
@@ -227,13 +230,22 @@ def finish(
         return to
 
 
+def _recorded(session: Session, claim: Claim) -> State | None:
+    """How this very claim has ended already, or None if it has not."""
+    states = [state.value for state in FINISHED]
+    query = select(Job.state).where(Job.id == claim.job_id, Job.epoch == claim.epoch, Job.state.in_(states))
+    state = session.scalar(query)
+    return State(state) if state is not None else None
+
+
 def _ending(outcome: Outcome, artifact: str | None) -> tuple[State, dict[str, Any], str | None]:
     """The final state, the columns that say more, and a line for the list of attempts."""
     match outcome:
         case Succeeded() | Rejected():
             if artifact is None:
                 raise ValueError(f"a job that {outcome.outcome} has an artifact")
-            quality = [row.model_dump(mode="json") for row in outcome.report.quality]
+            # as JSON text, which has null for an infinite perplexity: PostgreSQL's JSON cannot hold that
+            quality = [json.loads(row.model_dump_json()) for row in outcome.report.quality]
             values: dict[str, Any] = {"artifact": artifact, "quality": quality, "error": None}
             if isinstance(outcome, Succeeded):
                 return State.SUCCEEDED, values, None

@@ -70,13 +70,18 @@ def celery() -> Celery:
     return make_celery(get_settings().redis_url)
 
 
+def configured() -> bool:
+    """Whether this process has a broker to ring; one that only reads needs none."""
+    return get_settings().redis_url is not None
+
+
 def ring(job_id: str) -> bool:
     """Tell the workers to look at a job, once and without waiting for a broker that is away.
 
-    False if the message was not sent: there is no broker (a process that only reads), or it did not answer.
-    The row stays in the outbox, and the dispatcher rings again.
+    False if the message was not sent: no broker is configured, or it did not answer. The row stays in the
+    outbox, and the dispatcher rings again.
     """
-    if get_settings().redis_url is None:
+    if not configured():
         return False
     try:
         celery().send_task(QUANTIZE, args=[job_id], queue=QUEUE.name, retry=False, ignore_result=True)

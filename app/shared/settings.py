@@ -36,6 +36,7 @@ class Settings(BaseSettings):
 
     host: str = "127.0.0.1"
     port: int = Field(8000, ge=0, le=65535)
+    max_upload_bytes: int = Field(1 << 30, ge=1, description="of one text")
     max_unfinished_jobs: int = Field(10_000, ge=1, description="of one owner: queued and running")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the worker computes on")

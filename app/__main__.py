@@ -1,0 +1,5 @@
+"""`python -m app` is `quantry-server`."""
+
+from app.cli import main
+
+main()

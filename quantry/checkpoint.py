@@ -15,7 +15,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCa
 
 import quantry.hf  # noqa: F401  (registers the format)
 from quantry.contract import Manifest
-from quantry.unpack import gptq_state
+from quantry.unpack import gguf_state, gptq_state
 
 
 class CheckpointError(ValueError):

@@ -6,12 +6,11 @@ import importlib.util
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 import time
 from pathlib import Path
-
-import redis
 
 from app.shared.errors import StartError
 from app.supervisor import LIFELINE, Child
@@ -49,12 +48,12 @@ def socket_path(folder: Path) -> Path:
     return Path(tempfile.mkdtemp(prefix="quantry-")) / "broker.sock"
 
 
-def make_child(folder: Path, socket: Path) -> Child:
+def make_child(folder: Path, path: Path) -> Child:
     """The server as a child. Every write is in a file within a second, and nothing is evicted."""
     folder.mkdir(parents=True, exist_ok=True)
     options = {
         "port": "0",
-        "unixsocket": str(socket),
+        "unixsocket": str(path),
         "unixsocketperm": "700",
         "dir": str(folder),
         "appendonly": "yes",
@@ -75,14 +74,14 @@ def make_child(folder: Path, socket: Path) -> Child:
     return Child("broker", command, environment)
 
 
-def start(folder: Path, socket: Path) -> Child:
+def start(folder: Path, path: Path) -> Child:
     """A broker that answers. Data that it cannot read are put aside: every queued job is announced again.
 
     Raises StartError.
     """
-    child = make_child(folder, socket)
+    child = make_child(folder, path)
     child.start()
-    if await_answer(child, socket):
+    if await_answer(child, path):
         return child
     child.kill()
     aside = folder.with_name(f"{folder.name}-unreadable-{time.time_ns()}")
@@ -90,28 +89,33 @@ def start(folder: Path, socket: Path) -> Child:
     log.error(
         "the broker cannot start on its data; they are in %s now, and queued jobs are rung for again", aside
     )
-    child = make_child(folder, socket)
+    child = make_child(folder, path)
     child.start()
-    if await_answer(child, socket):
+    if await_answer(child, path):
         return child
     child.kill()
     raise StartError(f"the broker {child.command[0]} does not start; see {folder / 'broker.log'}")
 
 
-def await_answer(child: Child, socket: Path) -> bool:
+def await_answer(child: Child, path: Path) -> bool:
     """Wait until the broker answers; False if it ends, or stays silent for START_S."""
-    client = redis.Redis(unix_socket_path=str(socket), socket_timeout=2)
     deadline = time.monotonic() + START_S
-    try:
-        while time.monotonic() < deadline:
-            if child.process is None or child.process.poll() is not None:
-                return False
-            try:
-                client.ping()
-            except (redis.ConnectionError, redis.TimeoutError):  # not yet listening, or loading its file
-                time.sleep(0.02)
-            else:
-                return True
-    finally:
-        client.close()
+    while time.monotonic() < deadline:
+        if child.process is None or child.process.poll() is not None:
+            return False
+        if ping(path):
+            return True
+        time.sleep(0.02)
     return False
+
+
+def ping(path: Path) -> bool:
+    """Whether the broker answers and has read its data; no client library, which would slow every start."""
+    try:
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(2)
+            client.connect(str(path))
+            client.sendall(b"PING\r\n")
+            return client.recv(64).startswith(b"+PONG")  # "-LOADING ..." while it reads its file
+    except OSError:
+        return False

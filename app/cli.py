@@ -1,4 +1,7 @@
-"""`quantry-server`: serve (all in one), and api, worker, migrate, keys, doctor for production."""
+"""`quantry-server`: serve (all in one), and api, worker, migrate, keys, doctor for production.
+
+Each command imports what it needs when it runs: `serve` and `worker` are up sooner without the rest.
+"""
 
 from __future__ import annotations
 
@@ -12,17 +15,14 @@ from typing import Annotated
 
 import typer
 from pydantic import ValidationError
-from sqlalchemy.exc import SQLAlchemyError
 
-from app import doctor as checks
-from app import security
 from app.shared import lifeline
-from app.shared.database import sessions
 from app.shared.errors import ServiceError, StartError
-from app.shared.logs import configure_logs
 from app.shared.settings import Settings, get_settings
 
-cli = typer.Typer(name="quantry-server", no_args_is_help=True, add_completion=False, help=__doc__)
+cli = typer.Typer(
+    name="quantry-server", no_args_is_help=True, add_completion=False, help="The Quantry server."
+)
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 cli.add_typer(keys, name="keys")
 
@@ -38,6 +38,7 @@ def serve(
 ) -> None:
     """Run API, broker and one worker on this machine."""
     from app.serve import serve as run
+    from app.shared.logs import configure_logs
 
     configure_logs()
     given = {"data": data, "host": host, "port": port}
@@ -51,16 +52,24 @@ def api(
     port: Port = None,
     fd: Annotated[int | None, typer.Option(help="A listening socket, instead of host and port.")] = None,
     lifeline_fd: Annotated[int | None, typer.Option(help="End when this pipe reaches its end.")] = None,
+    first_run: Annotated[
+        bool, typer.Option(help="Migrate, and write a first key to the data folder.")
+    ] = False,
 ) -> None:
     """Run the HTTP server, and the loop that keeps the queue moving."""
-    import uvicorn
-
-    from app.shared.dispatcher import Dispatcher
-
-    configure_logs()
     if lifeline_fd is not None:
         lifeline.watch(lifeline_fd)
+    import uvicorn
+
+    from app import first_run as preparation
+    from app.shared.database import sessions
+    from app.shared.dispatcher import Dispatcher
+    from app.shared.logs import configure_logs
+
+    configure_logs()
     settings = get_settings()
+    if first_run:
+        preparation.prepare(settings)
     host, port = host or settings.host, settings.port if port is None else port
     require_ready(settings)
     if fd is None:
@@ -93,21 +102,30 @@ def worker() -> None:
 @cli.command()
 def migrate() -> None:
     """Bring the database to the schema of this version."""
+    from sqlalchemy.exc import SQLAlchemyError
+
     import migrations
     from app.shared.database import make_engine
+    from app.shared.logs import configure_logs
 
     configure_logs()
     engine = make_engine(get_settings().database)
-    migrations.upgrade(engine)
-    engine.dispose()
+    try:
+        migrations.upgrade(engine)
+    except SQLAlchemyError as error:
+        raise StartError(f"the database cannot be migrated: {error}") from error
+    finally:
+        engine.dispose()
     typer.echo("the database is up to date")
 
 
 @cli.command()
 def doctor() -> None:
     """Check database, broker, storage and device, and say what is wrong."""
+    from app.doctor import examine
+
     failed = False
-    for name, problem in checks.examine(get_settings()):
+    for name, problem in examine(get_settings()):
         failed = failed or problem is not None
         typer.echo(f"{name:<10} {'ok' if problem is None else problem}")
     if failed:
@@ -122,6 +140,9 @@ def create_key(
     days: Annotated[int | None, typer.Option(help="Days until it expires; default: never.", min=1)] = None,
 ) -> None:
     """Make a key and print it: it is shown this once."""
+    from app import security
+    from app.shared.database import sessions
+
     scopes = [found for found in security.SCOPES if scope is None or found in scope]
     if scope is not None and set(scope) - set(scopes):
         raise typer.BadParameter(f"scopes are {', '.join(security.SCOPES)}")
@@ -134,6 +155,9 @@ def create_key(
 @keys.command("list")
 def list_keys() -> None:
     """Show every key, without its secret."""
+    from app import security
+    from app.shared.database import sessions
+
     with sessions()() as session:
         for key in security.list_keys(session):
             state = "revoked" if key.revoked_at else f"until {key.expires_at or 'revoked'}"
@@ -143,6 +167,9 @@ def list_keys() -> None:
 @keys.command("revoke")
 def revoke_key(key_id: Annotated[str, typer.Argument(help="The id: the second part of the key.")]) -> None:
     """Refuse a key from now on."""
+    from app import security
+    from app.shared.database import sessions
+
     with sessions()() as session:
         security.revoke_key(session, key_id)
     typer.echo(f"{key_id} is revoked")
@@ -167,6 +194,9 @@ def require_ready(settings: Settings) -> None:
 
 def require_keys_beyond_loopback(host: str) -> None:
     """Raises StartError if others could reach a server on which no key exists."""
+    from app import security
+    from app.shared.database import sessions
+
     try:
         loopback = host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
@@ -190,6 +220,4 @@ def main() -> None:
             typer.echo(f"quantry-server: {name}: {entry['msg']}", err=True)
     except ServiceError as error:
         typer.echo(f"quantry-server: {error}", err=True)
-    except SQLAlchemyError as error:
-        typer.echo(f"quantry-server: the database did not answer: {error}", err=True)
     sys.exit(2)

@@ -1,4 +1,8 @@
-"""`quantry-server serve`: everything on one machine and one data folder, from one command."""
+"""`quantry-server serve`: everything on one machine and one data folder, from one command.
+
+This process only supervises. It imports neither database nor web framework, so that the API, which needs
+them, starts at once.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +20,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
-import migrations
-from app import broker, security
-from app.shared.database import make_engine, make_sessions
-from app.shared.errors import KeyRefused, StartError
+from app import broker
+from app.shared.errors import StartError
 from app.shared.settings import Settings
 from app.shared.storage import Storage
 from app.supervisor import LIFELINE, Child, Supervisor
@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 STOP_S = 20.0  # for a worker to give its job back, an API to end its streams
 READY_S = 60.0
-FIRST_OWNER = "local"
 
 
 def serve(settings: Settings) -> None:
@@ -39,12 +38,13 @@ def serve(settings: Settings) -> None:
     stop = _stop_on_signals()
     with lock(data), listen(settings.host, settings.port) as listener:
         Storage(settings.storage).prepare()
-        prepare_database(settings, data)
         supervisor = Supervisor()
         try:
             settings = _with_broker(settings, data, supervisor)
-            _start_processes(settings, supervisor, listener)
-            _announce(listener, data, supervisor, stop)
+            settings = _for_children(settings)
+            api = _start_api(settings, supervisor, listener)
+            _announce(listener, data, api, stop)
+            _start_worker(settings, supervisor)  # second: its imports would slow the API's
             while not stop.wait(0.2):
                 supervisor.restart_dead()
         finally:
@@ -100,45 +100,6 @@ def listen(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def prepare_database(settings: Settings, data: Path) -> None:
-    """Migrate, and write the first API key to `data`/api-key unless one that works is there.
-
-    Raises StartError.
-    """
-    engine = make_engine(settings.database)
-    try:
-        migrations.upgrade(engine)
-        path = data / "api-key"
-        with make_sessions(engine)() as session:
-            if path.exists():
-                try:
-                    security.verify_key(session, path.read_text().strip())
-                except KeyRefused as error:
-                    log.warning("%s is no longer valid (%s); writing a new key", path, error)
-                else:
-                    return
-            _, key = security.create_key(session, owner=FIRST_OWNER, name="first key, made by serve")
-        write_secret(path, key)
-    except SQLAlchemyError as error:
-        raise StartError(f"the database cannot be used: {error}") from error
-    except OSError as error:
-        raise StartError(f"the API key cannot be written: {error}") from error
-    finally:
-        engine.dispose()
-
-
-def write_secret(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    draft = path.with_name(f"{path.name}.{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    with os.fdopen(descriptor, "w") as file:
-        file.write(text + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
-
-
 def _with_broker(settings: Settings, data: Path, supervisor: Supervisor) -> Settings:
     """The settings with the address of a broker, which is started if none is given."""
     if settings.redis_url is not None:
@@ -148,26 +109,35 @@ def _with_broker(settings: Settings, data: Path, supervisor: Supervisor) -> Sett
     return settings.model_copy(update={"redis_url": f"unix://{path}"})
 
 
-def _start_processes(settings: Settings, supervisor: Supervisor, listener: socket.socket) -> None:
+def _for_children(settings: Settings) -> Settings:
+    """A worker name that is the same after a restart, and absolute paths."""
     folder = hashlib.sha256(os.fsencode(settings.data.absolute())).hexdigest()[:8]
     name = settings.worker_name or f"{socket.gethostname()}-serve-{folder}"
-    settings = settings.model_copy(update={"worker_name": name, "data": settings.data.absolute()})
-    environment = {**os.environ, **settings.as_environment()}
+    return settings.model_copy(update={"worker_name": name, "data": settings.data.absolute()})
+
+
+def _start_api(settings: Settings, supervisor: Supervisor, listener: socket.socket) -> Child:
     fd = listener.fileno()
-    program = [sys.executable, "-m"]
-    api = [*program, "app", "api", "--fd", str(fd), "--lifeline-fd", LIFELINE]
-    supervisor.start(Child("api", api, environment, keep_fds=[fd]))
-    supervisor.start(Child("worker", [*program, "worker", "--lifeline-fd", LIFELINE], environment))
+    command = [sys.executable, "-m", "app", "api", "--fd", str(fd), "--lifeline-fd", LIFELINE, "--first-run"]
+    child = Child("api", command, {**os.environ, **settings.as_environment()}, keep_fds=[fd])
+    supervisor.start(child)
+    return child
 
 
-def _announce(listener: socket.socket, data: Path, supervisor: Supervisor, stop: threading.Event) -> None:
+def _start_worker(settings: Settings, supervisor: Supervisor) -> None:
+    command = [sys.executable, "-m", "worker", "--lifeline-fd", LIFELINE]
+    supervisor.start(Child("worker", command, {**os.environ, **settings.as_environment()}))
+
+
+def _announce(listener: socket.socket, data: Path, api: Child, stop: threading.Event) -> None:
     """Say where everything is, once the API answers. Raises StartError if it does not."""
     host, port = listener.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     local = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     deadline = time.monotonic() + READY_S
     while not stop.is_set() and not answers(local, port):
-        supervisor.restart_dead()
+        if api.reap() is not None:
+            raise StartError("the API did not start; its message is above")
         if time.monotonic() > deadline:
             raise StartError(f"the API did not answer within {READY_S:.0f} s; its messages are above")
         stop.wait(0.05)

@@ -7,7 +7,9 @@ import logging
 import os
 import socket
 import sys
+import warnings
 
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
 from app.shared import database, leases, lifeline, queue
@@ -53,12 +55,13 @@ def serve() -> None:
         with runner.sessions() as session:
             if count := leases.forfeit(session, name):
                 log.warning("took back %d jobs of the worker that had this name before", count)
-    app = queue.celery()
+    app = queue.make_celery(settings.redis_url)
     register(app, runner, name)
     worker_shutting_down.connect(lambda **_: runner.stop(), weak=False)
     worker_ready.connect(lambda **_: log.info("worker %s is ready on %s", name, runner.device), weak=False)
     runner.warm_up()
-    options = ["worker", "-P", "threads", "-c", "1", "-n", f"quantry@{name}", "--loglevel", "INFO"]
+    warnings.filterwarnings("ignore", category=SecurityWarning)  # it is about pickles; we accept only JSON
+    options = ["--quiet", "worker", "-P", "threads", "-c", "1", "-n", f"quantry@{name}", "--loglevel", "INFO"]
     try:
         app.worker_main([*options, "--without-gossip", "--without-mingle", "--without-heartbeat"])
     finally:

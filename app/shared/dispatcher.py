@@ -39,8 +39,12 @@ class Dispatcher:
     _swept: float = -1e9
 
     def run(self) -> None:
+        connected = self.settings.redis_url is None
         while not self.stop.is_set():
             try:
+                if not connected:
+                    queue.connect()
+                    connected = True
                 self.tick()
             except (SQLAlchemyError, *queue.BROKER_ERRORS) as error:
                 log.warning("dispatcher: %s; the next tick tries again", error)

@@ -24,7 +24,7 @@ def configure_logs(level: int = logging.INFO) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=processors))
     logging.basicConfig(level=level, handlers=[handler], force=True)
-    for name in ("uvicorn.access", "kombu", "amqp"):
+    for name in ("uvicorn.access", "kombu", "amqp", "alembic.runtime.plugins"):
         logging.getLogger(name).setLevel(logging.WARNING)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

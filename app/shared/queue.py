@@ -6,9 +6,9 @@ The row in the database is the queue, so a lost, doubled or reordered message do
 from __future__ import annotations
 
 import logging
+import time
 from functools import lru_cache
 from typing import cast
-from urllib.parse import urlsplit, urlunsplit
 
 from celery import Celery
 from kombu import Exchange, Queue
@@ -23,10 +23,16 @@ log = logging.getLogger(__name__)
 QUANTIZE = "quantry.quantize"
 QUEUE = Queue("quantry", Exchange("quantry", type="direct"), routing_key="quantry")
 BROKER_ERRORS = (OperationalError, KombuError, RedisError, OSError)
+PAUSE_S = 2.0
+_silent_until = 0.0
 
 
-def make_celery(broker_url: str | None) -> Celery:
-    """An app without result backend that keeps one unacknowledged message per worker."""
+def make_celery(broker_url: str | None, *, connect_retries: int | None = None) -> Celery:
+    """An app without result backend that keeps one unacknowledged message per worker.
+
+    connect_retries: how often a lost broker is tried again before an error is raised; None: for ever.
+    """
+    options = {} if connect_retries is None else {"max_retries": connect_retries}
     app = Celery("quantry", broker=_broker(broker_url), set_as_current=False)
     app.conf.update(
         accept_content=["json"],
@@ -47,10 +53,11 @@ def make_celery(broker_url: str | None) -> Celery:
         broker_connection_max_retries=None,
         broker_transport_options={
             "visibility_timeout": WEEK_S + 86400,  # above the longest run: contract.Limits.run_s
-            "socket_connect_timeout": 2,
+            "socket_connect_timeout": 1,
             "socket_timeout": 10,
             "socket_keepalive": True,
             "health_check_interval": 10,
+            **options,
         },
     )
     return app
@@ -60,14 +67,13 @@ def _broker(url: str | None) -> str:
     """Celery's spelling of the address: redis-py says unix://, Celery redis+socket://."""
     if url is None:
         return "memory://"
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(scheme="redis+socket")) if parts.scheme == "unix" else url
+    return f"redis+socket://{url.removeprefix('unix://')}" if url.startswith("unix://") else url
 
 
 @lru_cache
 def celery() -> Celery:
-    """The app of this process, on the broker of its settings."""
-    return make_celery(get_settings().redis_url)
+    """The app with which this process rings; it gives up at once where the broker is away."""
+    return make_celery(get_settings().redis_url, connect_retries=0)
 
 
 def configured() -> bool:
@@ -76,24 +82,35 @@ def configured() -> bool:
 
 
 def ring(job_id: str) -> bool:
-    """Tell the workers to look at a job, once and without waiting for a broker that is away.
+    """Tell the workers to look at a job, without waiting for a broker that is away.
 
-    False if the message was not sent: no broker is configured, or it did not answer. The row stays in the
-    outbox, and the dispatcher rings again.
+    False if the message was not sent: no broker is configured, or it did not answer (then nobody asks it for
+    PAUSE_S). The row stays in the outbox, and the dispatcher rings again.
     """
-    if not configured():
+    global _silent_until
+    if not configured() or time.monotonic() < _silent_until:
         return False
-    try:
-        celery().send_task(QUANTIZE, args=[job_id], queue=QUEUE.name, retry=False, ignore_result=True)
-    except BROKER_ERRORS as error:
-        log.warning("the broker did not take the announcement of %s: %s", job_id, error)
-        return False
-    return True
+    for retry in (True, False):  # the first error may be that of a connection which has died in the pool
+        try:
+            celery().send_task(QUANTIZE, args=[job_id], queue=QUEUE.name, retry=False, ignore_result=True)
+        except BROKER_ERRORS as error:
+            if not retry:
+                log.warning("the broker did not take the announcement of %s: %s", job_id, error)
+        else:
+            return True
+    _silent_until = time.monotonic() + PAUSE_S
+    return False
+
+
+def connect() -> None:
+    """Open the connection that `ring` uses, ahead of the first request. Raises one of BROKER_ERRORS."""
+    with celery().producer_pool.acquire(block=True) as producer:
+        if producer.connection is not None:
+            producer.connection.ensure_connection(max_retries=1, timeout=2)
 
 
 def waiting() -> int:
     """Messages that no worker has taken yet. Raises one of BROKER_ERRORS."""
     with celery().connection_for_write() as connection:
-        connection.ensure_connection(max_retries=1, timeout=2)
         channel = cast(virtual.Channel, connection.default_channel)
         return int(channel.queue_declare(queue=QUEUE.name, durable=True).message_count)

@@ -102,7 +102,7 @@ class _Exchange:
         if message["type"] == "http.request":
             self.received += len(message.get("body", b""))
             if self.received > self.limit:
-                raise HTTPException(413)
+                raise HTTPException(413, _limit_text(self.limit))
         return message
 
     async def send(self, message: Message) -> None:
@@ -139,5 +139,9 @@ class _Exchange:
 def too_large(limit: int, path: str) -> Any:
     """The problem for a body over the limit; the connection is closed after it."""
     status, title = TITLES["content-too-large"]
-    detail = f"the body may have {limit} bytes here"
+    detail = _limit_text(limit)
     return problem(status, "content-too-large", title, detail, instance=path, headers={"Connection": "close"})
+
+
+def _limit_text(limit: int) -> str:
+    return f"the body may have {limit} bytes here"

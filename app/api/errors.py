@@ -160,7 +160,7 @@ async def _invalid_request(request: Request, error: RequestValidationError) -> R
         return _titled(
             "invalid-body", f"not valid JSON at character {found[0]['loc'][-1]}: {reason}", request
         )
-    fields = [_field(entry, error.body) for entry in found]
+    fields = _innermost([_field(entry, error.body) for entry in found])
     first = f"{fields[0]['path']}: {fields[0]['detail']}" if fields[0]["path"] else fields[0]["detail"]
     more = f" (and {len(fields) - 1} more)" if len(fields) > 1 else ""
     return _titled("invalid-request", first + more, request, errors=fields)
@@ -177,6 +177,8 @@ def _http_problem(
         return _titled("method-not-allowed", detail, request, headers={"Allow": methods})
     if error.status_code == 400:
         return _titled("invalid-body", "the body is not JSON in UTF-8", request)
+    if error.status_code == 413:
+        return _titled("content-too-large", error.detail, request, headers={"Connection": "close"})
     title = http.HTTPStatus(error.status_code).phrase
     return problem(error.status_code, "http-error", title, str(error.detail), headers=error.headers)
 
@@ -217,6 +219,16 @@ def _field(entry: Mapping[str, Any], body: Any) -> dict[str, str]:
     if place != "body":
         return {"path": str(parts[0] if parts else place), "in": str(place), "detail": detail}
     return field_error(".".join(_body_path(parts, body)), detail)
+
+
+def _innermost(fields: Sequence[dict[str, str]]) -> list[dict[str, str]]:
+    """One error a field: of a union only what is wrong inside the member that came nearest."""
+    kept: dict[str, dict[str, str]] = {}
+    for field in fields:
+        inner = any(other["path"].startswith(field["path"] + ".") for other in fields)
+        if not inner:
+            kept.setdefault(field["path"], field)
+    return list(kept.values())
 
 
 def _body_path(parts: Sequence[str | int], body: Any) -> list[str]:

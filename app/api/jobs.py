@@ -65,7 +65,9 @@ def list_jobs(
     services: ServicesDep,
     caller: Reader,
     limit: Annotated[int, Query(ge=1, le=200)] = 50,
-    cursor: Annotated[str | None, Query(max_length=64, description="`next` of the page before")] = None,
+    cursor: Annotated[
+        str | None, Query(pattern=r"^job_[0-9a-f-]{36}$", description="`next` of the page before")
+    ] = None,
     state: Annotated[list[State] | None, Query(max_length=13, description="one of these states")] = None,
     label: Annotated[
         list[LabelFilter] | None, Query(max_length=32, description="`name:value`; each must be there")
@@ -140,7 +142,8 @@ def _load(services: Services, job_id: str, owner: str) -> Job:
 
 def _shown(job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
     content = jobs.to_read(job).model_dump_json()
-    sent = {**_validators(job), "Location": f"/v1/jobs/{job.id}", **(headers or {})}
+    place = {"Location": f"/v1/jobs/{job.id}"} if status == 202 else {}
+    sent = {**_validators(job), **place, **(headers or {})}
     return Response(content, status, sent, "application/json")
 
 

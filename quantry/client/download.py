@@ -22,7 +22,6 @@ from quantry.contract import FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20
-STALLS = 6  # tries in a row that bring no byte
 
 OnBytes = Callable[[int, int], None]
 
@@ -231,7 +230,7 @@ def _transfer(connection: Connection, part: _Part) -> None:
                 raise
             error = problem
         stalls = 0 if part.have > before else stalls + 1
-        if stalls >= STALLS:
+        if stalls > 2 * connection.retries:  # a server may restart meanwhile
             raise error or DownloadError(f"{part.source.path}: the server sent nothing; look into its log")
         if not part.complete:
             part.meter.stop.wait(backoff_s(stalls + 1))

@@ -39,17 +39,19 @@ def list_events(connection: Connection, job: str, after: int) -> tuple[Event, ..
         after = page[-1].id
 
 
-def follow(connection: Connection, job: str, after: int) -> Iterator[Event | None]:
+def follow(
+    connection: Connection, job: str, after: int, deadline: float | None = None
+) -> Iterator[Event | None]:
     """Yield the events with an id above `after`, each once, until the job has finished.
 
-    None comes between them whenever the stream is only alive. A broken stream is taken up again behind the
+    None comes between them whenever the stream is only alive, and at the deadline (of time.monotonic). A broken stream is taken up again behind the
     last event seen. Raises ConnectionFailed when the server stays away for PATIENCE_S, StreamUnavailable
     when it answers with something else than an event stream.
     """
     attempt, lost_since = 0, None
     while True:
         try:
-            for message in _messages(connection, job, after):
+            for message in _messages(connection, job, after, deadline):
                 attempt, lost_since = 0, None
                 event = _event(message) if message else None
                 if event is None:
@@ -61,6 +63,9 @@ def follow(connection: Connection, job: str, after: int) -> Iterator[Event | Non
                 yield from list_events(connection, job, after)
                 return
         except httpx2.TransportError as error:
+            if deadline is not None and time.monotonic() >= deadline:
+                yield None
+                return
             lost_since = lost_since or time.monotonic()
             if time.monotonic() - lost_since > PATIENCE_S:
                 raise connection.failed(error) from error
@@ -100,7 +105,7 @@ def watch(connection: Connection, job: str, timeout: float | None) -> Iterator[J
     yield shown
     try:
         if shown.state not in FINISHED:
-            for event in follow(connection, job, before[-1].id if before else 0):
+            for event in follow(connection, job, before[-1].id if before else 0, deadline):
                 _left_s(deadline, shown)
                 if event is None:
                     continue
@@ -131,9 +136,14 @@ def _left_s(deadline: float | None, job: JobRead) -> float:
     return left
 
 
-def _messages(connection: Connection, job: str, after: int) -> Iterator[Message | None]:
+def _messages(
+    connection: Connection, job: str, after: int, deadline: float | None
+) -> Iterator[Message | None]:
+    left = KEEP_ALIVE_S if deadline is None else max(0.01, deadline - time.monotonic())
     headers = {**_after(after), "Accept": "text/event-stream", "Cache-Control": "no-store"}
-    with connection.stream(job_path(job, "events"), headers=headers, read_s=KEEP_ALIVE_S) as response:
+    with connection.stream(
+        job_path(job, "events"), headers=headers, read_s=min(KEEP_ALIVE_S, left)
+    ) as response:
         kind = response.headers.get("Content-Type", "")
         if not kind.startswith("text/event-stream"):
             raise StreamUnavailable(

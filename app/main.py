@@ -38,6 +38,7 @@ def create_app(settings: Settings | None = None, *, sessions: sessionmaker[Sessi
         summary="Quantization as a service",
         docs_url=None,  # those pages load scripts from elsewhere
         redoc_url=None,
+        redirect_slashes=False,
         lifespan=_lifespan,
         generate_unique_id_function=lambda route: route.name,
     )

@@ -19,7 +19,9 @@ router = Router(prefix="/v1/datasets", tags=["datasets"])
 _ID = re.compile(r"ds_[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 
-def _dataset_id(dataset_id: Annotated[str, Path(description="as the server gave it: ds_ and a UUID")]) -> str:
+async def _dataset_id(
+    dataset_id: Annotated[str, Path(description="as the server gave it: ds_ and a UUID")],
+) -> str:
     if not _ID.fullmatch(dataset_id):
         raise NotFound(f"there is no dataset {dataset_id!r}")
     return dataset_id
@@ -82,7 +84,7 @@ def list_datasets(services: ServicesDep, caller: Reader) -> DatasetPage:
 
 
 @router.get("/{dataset_id}", response_model=DatasetRead)
-def read_dataset(dataset_id: DatasetId, services: ServicesDep, caller: Reader) -> DatasetRead:
+def read_dataset(caller: Reader, dataset_id: DatasetId, services: ServicesDep) -> DatasetRead:
     """Name, size, digest and number of documents of a text."""
     with services.sessions() as session:
         return uploads.get(session, dataset_id, owner=caller.owner)
@@ -94,7 +96,7 @@ def read_dataset(dataset_id: DatasetId, services: ServicesDep, caller: Reader) -
     response_class=Response,
     responses={**problems(_409="An unfinished job needs the text")},
 )
-def delete_dataset(dataset_id: DatasetId, services: ServicesDep, caller: Writer) -> Response:
+def delete_dataset(caller: Writer, dataset_id: DatasetId, services: ServicesDep) -> Response:
     """Delete a text. Refused while a job that reads it has not finished."""
     _delete(services, dataset_id, caller.owner)
     return Response(status_code=204)

@@ -42,10 +42,10 @@ After = Annotated[int | None, Query(ge=0, le=10**18, description="as Last-Event-
     },
 )
 async def read_events(
+    caller: Reader,
     job_id: JobId,
     request: Request,
     services: ServicesDep,
-    caller: Reader,
     last_event_id: LastEventId = None,
     after: After = None,
     limit: Annotated[
@@ -74,7 +74,7 @@ async def read_events(
     response_class=PlainTextResponse,
     responses={200: {"content": {"text/plain": {}}, "description": "one line an event"}},
 )
-def read_logs(job_id: JobId, services: ServicesDep, caller: Reader) -> PlainTextResponse:
+def read_logs(caller: Reader, job_id: JobId, services: ServicesDep) -> PlainTextResponse:
     """The log lines and warnings of all attempts as text, one a line: time, kind, message."""
     lines, after = [], 0
     while batch := _list(services, job_id, caller.owner, after, _BATCH):

@@ -84,10 +84,10 @@ def list_jobs(
 
 @router.get("/{job_id}", response_model=JobRead, responses={304: {"description": "Not modified"}})
 async def read_job(
+    caller: Reader,
     job_id: JobId,
     request: Request,
     services: ServicesDep,
-    caller: Reader,
     if_none_match: Annotated[str | None, Header(description="the ETag of the version you have")] = None,
     prefer: Annotated[str | None, Header(description="`wait=30`: answer only when there is news")] = None,
 ) -> Response:
@@ -117,7 +117,7 @@ async def read_job(
     response_model=JobRead,
     responses={**problems(_409="The job has finished")},
 )
-def cancel_job(job_id: JobId, services: ServicesDep, caller: Writer) -> Response:
+def cancel_job(caller: Writer, job_id: JobId, services: ServicesDep) -> Response:
     """Ask for the end of a job. A queued one is cancelled at once, a running one is `cancelling` first."""
     with services.sessions() as session:
         return _shown(jobs.cancel(session, job_id, owner=caller.owner), 202)
@@ -129,7 +129,7 @@ def cancel_job(job_id: JobId, services: ServicesDep, caller: Writer) -> Response
     response_model=JobRead,
     responses={**problems(_409="The job has succeeded")},
 )
-def retry_job(job_id: JobId, services: ServicesDep, caller: Writer) -> Response:
+def retry_job(caller: Writer, job_id: JobId, services: ServicesDep) -> Response:
     """Queue a job again that failed, expired, was cancelled or rejected. It goes on at its last block."""
     with services.sessions() as session:
         return _shown(jobs.retry(session, job_id, owner=caller.owner), 202)

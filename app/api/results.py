@@ -62,7 +62,7 @@ class Artifact:
 
 @router.get("/report", response_model=Report, responses={304: {"description": "Not modified"}, **_NOT_READY})
 def read_report(
-    job_id: JobId, services: ServicesDep, caller: Reader, if_none_match: IfNoneMatch = None
+    caller: Reader, job_id: JobId, services: ServicesDep, if_none_match: IfNoneMatch = None
 ) -> Response:
     """`report.json`: quality against full precision and round-to-nearest, sizes, layers, cost."""
     return _file(_artifact(services, job_id, caller.owner), "report.json", "application/json")
@@ -74,7 +74,7 @@ def read_report(
     responses={200: {"content": {"text/html": {}}}, 304: {"description": "Not modified"}, **_NOT_READY},
 )
 def read_report_page(
-    job_id: JobId, services: ServicesDep, caller: Reader, if_none_match: IfNoneMatch = None
+    caller: Reader, job_id: JobId, services: ServicesDep, if_none_match: IfNoneMatch = None
 ) -> Response:
     """The report as one page that loads nothing else."""
     headers = {"Content-Security-Policy": _REPORT_POLICY}
@@ -92,7 +92,7 @@ def read_report_page(
         **problems(_406="Neither JSON nor CSV is accepted"),
     },
 )
-def read_layers(job_id: JobId, request: Request, services: ServicesDep, caller: Reader) -> Response:
+def read_layers(caller: Reader, job_id: JobId, request: Request, services: ServicesDep) -> Response:
     """The output error of each quantized layer, as JSON or as CSV."""
     kind = choose(request.headers.get("accept"), ("application/json", "text/csv"))
     artifact = _artifact(services, job_id, caller.owner)
@@ -104,24 +104,24 @@ def read_layers(job_id: JobId, request: Request, services: ServicesDep, caller: 
 
 
 @router.get("/attempts", response_model=AttemptPage)
-def read_attempts(job_id: JobId, services: ServicesDep, caller: Reader) -> AttemptPage:
+def read_attempts(caller: Reader, job_id: JobId, services: ServicesDep) -> AttemptPage:
     """Each run of the job by a worker, and how it ended."""
     with services.sessions() as session:
         return AttemptPage(items=tuple(jobs.attempts(session, job_id, owner=caller.owner)))
 
 
 @router.get("/files", response_model=Manifest, responses=_NOT_READY)
-def list_files(job_id: JobId, services: ServicesDep, caller: Reader) -> Manifest:
+def list_files(caller: Reader, job_id: JobId, services: ServicesDep) -> Manifest:
     """`manifest.json`: every file with its size and SHA-256."""
     return _artifact(services, job_id, caller.owner).manifest
 
 
 @router.get("/files/{path:path}", response_class=Response, responses=_CONTENT)
 def download_file(
+    caller: Reader,
     job_id: JobId,
     path: Annotated[str, Path(description="as the manifest names it")],
     services: ServicesDep,
-    caller: Reader,
     range_: Range = None,
     if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,
@@ -134,9 +134,9 @@ def download_file(
 
 @router.get("/checkpoint", response_class=Response, responses=_CONTENT)
 def download_checkpoint(
+    caller: Reader,
     job_id: JobId,
     services: ServicesDep,
-    caller: Reader,
     range_: Range = None,
     if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
@@ -9,15 +10,47 @@ from pathlib import Path
 
 import httpx2
 import pytest
+import structlog
 import uvicorn
 from fastapi import FastAPI
+from sqlalchemy import Engine
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.testclient import TestClient
 
+import migrations
 from app.main import create_app
+from app.shared.database import make_engine
 from app.shared.settings import Settings
 from app.shared.storage import Storage
 from tests.app.api.factories import Jobs, Keys, write_checkpoint
+
+
+@pytest.fixture(scope="session", autouse=True)
+def plain_logs() -> Iterator[None]:
+    """One JSON line an event, as a server writes them: structlog's default draws every traceback."""
+    structlog.configure(
+        processors=[structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    yield
+    structlog.reset_defaults()
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database file at migration head, to be copied: migrating takes longer than most tests here."""
+    path = tmp_path_factory.mktemp("database") / "quantry.db"
+    engine = make_engine(f"sqlite:///{path}")
+    migrations.upgrade(engine)
+    engine.dispose()  # the last connection writes the log back into the file
+    return path
+
+
+@pytest.fixture
+def sqlite_engine(tmp_path: Path, migrated: Path) -> Iterator[Engine]:
+    shutil.copy(migrated, tmp_path / "quantry.db")
+    engine = make_engine(f"sqlite:///{tmp_path}/quantry.db")
+    yield engine
+    engine.dispose()
 
 
 @pytest.fixture

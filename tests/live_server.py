@@ -1,6 +1,6 @@
 """A real server on loopback with a real database, and hands that do to its jobs what a worker does.
 
-Used by the tests of the client, the CLI and the pages: `from tests.live_server import live`.
+Used by the tests of the client, the CLI and the pages: `from tests.live_server import live, shared_server`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 import struct
 import threading
+import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -149,12 +150,18 @@ class LiveServer:
         return manifest
 
 
-@pytest.fixture
-def live(tmp_path: Path) -> Iterator[LiveServer]:
-    """A server of this test alone."""
-    server = LiveServer(tmp_path / "server")
+@pytest.fixture(scope="module")
+def shared_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+    server = LiveServer(tmp_path_factory.mktemp("server"))
     yield server
     server.close()
+
+
+@pytest.fixture
+def live(shared_server: LiveServer) -> LiveServer:
+    """A server, with the key of an owner who has nothing yet."""
+    shared_server.key = shared_server.new_key(f"owner-{uuid.uuid4().hex}")
+    return shared_server
 
 
 def request(**fields: object) -> JobRequest:

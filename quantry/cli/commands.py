@@ -7,12 +7,14 @@ the server refused the request; 3 the server is out of reach, or refuses the API
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from quantry.bundled import BUNDLED_MODELS
 from quantry.cli import options as o
 from quantry.cli import render
 from quantry.cli.request import Options, build_request, parse_labels
@@ -202,6 +204,17 @@ def download(
 
 
 @app.command()
+def models(context: typer.Context, as_json: o.Json = False) -> None:
+    """The models that Quantry ships, to try it without a hub; any other is named at submit."""
+    with session(context, as_json) as s:
+        found = [_bundled(name, folder) for name, folder in BUNDLED_MODELS.items() if folder.is_dir()]
+        if as_json:
+            s.print_json({"items": found})
+        else:
+            s.out.print(render.models_table(found))
+
+
+@app.command()
 def methods(context: typer.Context, as_json: o.Json = False) -> None:
     """The methods that the server knows."""
     with session(context, as_json) as s:
@@ -253,6 +266,12 @@ def delete_dataset(
             s.print_json({"deleted": dataset})
         else:
             s.say(f"deleted {dataset}")
+
+
+def _bundled(name: str, folder: Path) -> dict[str, Any]:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    return {"id": name, "architecture": config["architectures"][0], "bytes": size}
 
 
 def _recipe_fields(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -64,9 +64,10 @@ class LiveJob:
 
     def show(self, job: JobRead) -> None:
         progress = job.progress
-        eta = f"about {seconds_text(progress.eta_s)} left" if progress.eta_s else ""
-        stage = job.stage if job.stage and job.stage != job.state.value else ""
-        count = f"{progress.done}/{progress.total}" if progress.total else ""
+        running = job.state not in FINISHED
+        eta = f"about {seconds_text(progress.eta_s)} left" if running and progress.eta_s else ""
+        stage = job.stage if running and job.stage and job.stage != job.state.value else ""
+        count = f"{progress.done}/{progress.total}" if running and progress.total else ""
         if self._console.is_terminal:
             fields: dict[str, Any] = {"state": job.state.value, "stage": stage, "count": count, "eta": eta}
             total = progress.total or None
@@ -173,6 +174,16 @@ def jobs_table(jobs: Iterable[JobRead]) -> Table:
         created = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
         recipe = recipe_text(job.spec.recipe)
         table.add_row(job.id, _state(job.state), job.spec.model.id, recipe, figure, created)
+    return table
+
+
+def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("model")
+    table.add_column("architecture")
+    table.add_column("size", justify="right")
+    for model in models:
+        table.add_row(model["id"], model["architecture"], bytes_text(model["bytes"]))
     return table
 
 

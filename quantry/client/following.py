@@ -44,9 +44,9 @@ def follow(
 ) -> Iterator[Event | None]:
     """Yield the events with an id above `after`, each once, until the job has finished.
 
-    None comes between them whenever the stream is only alive, and at the deadline (of time.monotonic). A broken stream is taken up again behind the
-    last event seen. Raises ConnectionFailed when the server stays away for PATIENCE_S, StreamUnavailable
-    when it answers with something else than an event stream.
+    None comes between them whenever the stream is only alive, and at the deadline (of time.monotonic). A
+    broken stream is taken up again behind the last event seen. Raises ConnectionFailed when the server stays
+    away for PATIENCE_S, StreamUnavailable when it answers with something else than an event stream.
     """
     attempt, lost_since = 0, None
     while True:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from quantry.client import Client
-from tests.live_server import LiveServer, live
+from tests.live_server import LiveServer, live, shared_server
 
-__all__ = ["live"]
+__all__ = ["live", "shared_server"]
 
 
 @pytest.fixture

@@ -107,7 +107,7 @@ def test_bytes_that_the_manifest_does_not_promise_are_refused(
     live: LiveServer, client: Client, job: JobRead, tmp_path: Path
 ) -> None:
     """The file rots on the server's disk; its length stays, so only the digest tells."""
-    stored = next(live.storage.root.rglob("model.safetensors"))
+    stored = next(live.storage.job(job.id).rglob("model.safetensors"))
     stored.write_bytes(bytes([BIG[0] ^ 1]) + BIG[1:])
     with pytest.raises(DownloadError, match=r"model\.safetensors: the manifest promises sha256"):
         client.download(job, tmp_path)
@@ -140,7 +140,7 @@ def test_a_manifest_that_leaves_the_folder_writes_nothing(
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / "link").symlink_to(tmp_path)
-    stored = next(live.storage.root.rglob("manifest.json"))
+    stored = next(live.storage.job(job.id).rglob("manifest.json"))
     evil = Manifest(
         job=job.id,
         format="x",
@@ -150,7 +150,7 @@ def test_a_manifest_that_leaves_the_folder_writes_nothing(
     stored.write_text(evil.model_dump_json())
     with pytest.raises(DownloadError, match=r"outside|leads out"):
         client.download(job, folder)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "server"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
     assert [p.name for p in folder.iterdir()] == ["link"]
 
 
@@ -178,7 +178,7 @@ def test_the_tar_is_continued_and_checked(live: LiveServer, job: JobRead, tmp_pa
 def test_a_tar_with_wrong_bytes_is_refused(
     live: LiveServer, client: Client, job: JobRead, tmp_path: Path
 ) -> None:
-    stored = next(live.storage.root.rglob("config.json"))
+    stored = next(live.storage.job(job.id).rglob("config.json"))
     stored.write_bytes(b"[]")
     with pytest.raises(DownloadError, match=r"wrong digest: config\.json"):
         client.download_checkpoint(job, tmp_path / "job.tar")
@@ -188,7 +188,7 @@ def test_a_tar_with_wrong_bytes_is_refused(
 def test_a_disk_without_room_is_said_before_the_first_byte(
     live: LiveServer, client: Client, job: JobRead, tmp_path: Path
 ) -> None:
-    stored = next(live.storage.root.rglob("manifest.json"))
+    stored = next(live.storage.job(job.id).rglob("manifest.json"))
     manifest = Manifest.model_validate_json(stored.read_bytes())
     huge = FileEntry(path="huge", bytes=10**18, sha256="0" * 64)
     stored.write_text(manifest.model_copy(update={"files": (*manifest.files, huge)}).model_dump_json())

@@ -1,6 +1,6 @@
 """Show Quantry end to end: a real server, two real jobs, and a checkpoint that stock tools load.
 
-usage: python scripts/demo.py [--bits 3] [--keep FOLDER]
+usage: python scripts/demo.py [--bits 3] [--windows 96] [--keep FOLDER]
 
 Starts `quantry-server serve` on a free port and an empty data folder, submits GPTQ with and without bias
 compensation, follows both, downloads the corrected checkpoint, compares every digest, and lets a separate
@@ -46,14 +46,14 @@ AGREEMENT = 0.005  # relative: bfloat16 forwards of the job against float32 forw
 STOCK_USER = """
 import json, math, sys, torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, text, length = sys.argv[1], open(sys.argv[2], encoding="utf-8").read(), int(sys.argv[3])
+folder, file, length, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 prompt = tokenizer("Return True if the", return_tensors="pt")
 written = model.generate(**prompt, max_new_tokens=24, do_sample=False)[0]
 line = tokenizer.decode(written, skip_special_tokens=True)
-stream = torch.tensor(tokenizer(text, verbose=False).input_ids)
-windows = stream[: len(stream) // length * length].view(-1, length)
+stream = torch.tensor(tokenizer(open(file, encoding="utf-8").read(), verbose=False).input_ids)
+windows = stream[: len(stream) // length * length].view(-1, length)[:count]
 total = 0.0
 with torch.no_grad():
     for part in windows.split(8):
@@ -87,7 +87,8 @@ def server(folder: Path, log: Path) -> Iterator[str]:
     """A server on `folder` for the length of the block; yields its URL once it is ready."""
     port = free_port()
     command = [sys.executable, "-m", "app", "serve", "--data", str(folder), "--port", str(port)]
-    environment = os.environ | {"QUANTRY_DATA": str(folder), "QUANTRY_OFFLINE": "1"}
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("QUANTRY_")}
+    environment = clean | {"QUANTRY_DATA": str(folder), "QUANTRY_OFFLINE": "1"}
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -155,9 +156,10 @@ def check_digests(folder: Path, manifest: Manifest) -> int:
     return sum(entry.bytes for entry in manifest.files)
 
 
-def load_as_stock_user(folder: Path, text: Path, length: int) -> dict[str, Any]:
+def load_as_stock_user(folder: Path, text: Path, windows: int) -> dict[str, Any]:
     """What transformers alone makes of the checkpoint. Raises DemoError."""
-    command = [sys.executable, "-c", STOCK_USER, str(folder), str(text), str(length)]
+    length = json.loads((bundled_model(MODEL) / "config.json").read_text())["max_position_embeddings"]
+    command = [sys.executable, "-c", STOCK_USER, str(folder), str(text), str(length), str(windows)]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode:
         raise DemoError(f"transformers could not use the checkpoint:\n{done.stderr[-2000:]}")
@@ -209,15 +211,17 @@ def verdict(ranking: list[tuple[str, float]]) -> str:
     return f"[green]The order {claim} holds[/] (lower is better)."
 
 
-def demonstrate(console: Console, bits: int, workspace: Path) -> None:
+def demonstrate(console: Console, bits: int, windows: int, workspace: Path) -> None:
     """The whole show. Raises DemoError or QuantryError if any part of it fails."""
     begin = time.monotonic()
     with server(workspace / "server", workspace / "server.log") as url:
         console.print(f"server ready at {url} after {time.monotonic() - begin:.1f} s")
         with Client(url, (workspace / "server" / "api-key").read_text().strip()) as client:
             request: dict[str, Any] = {"model": MODEL, "bits": bits, "method": "gptq"}
+            request |= {"calibration": {"samples": windows}, "evaluation": {"samples": windows}}
             plain = run(client, console, f"GPTQ-{bits}", request)
-            request |= {"correction": "bias_compensation", "evaluation": {"baselines": []}}  # known by now
+            request |= {"correction": "bias_compensation"}
+            request["evaluation"] |= {"baselines": []}  # known from the first job
             corrected = run(client, console, f"GPTQ-{bits} + compensation", request)
             artifact = workspace / "checkpoint"
             size = check_digests(artifact, client.download(corrected.job, artifact))
@@ -225,8 +229,7 @@ def demonstrate(console: Console, bits: int, workspace: Path) -> None:
 
     text = workspace / "test.txt"
     text.write_text(bundled_text(TEXT, "test"), encoding="utf-8")
-    length = json.loads((bundled_model(MODEL) / "metrics.json").read_text())["window"]
-    stock = load_as_stock_user(artifact, text, length)
+    stock = load_as_stock_user(artifact, text, windows)
     reported = perplexity(corrected, "quantized")
     if abs(stock["perplexity"] / reported - 1) > AGREEMENT:
         raise DemoError(f"transformers measures {stock['perplexity']:.3f}, the report says {reported:.3f}")
@@ -242,6 +245,7 @@ def demonstrate(console: Console, bits: int, workspace: Path) -> None:
 def main() -> int:
     options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     options.add_argument("--bits", type=int, default=3, choices=(2, 3, 4, 5, 6, 8))
+    options.add_argument("--windows", type=int, default=96, help="of text, to calibrate and to evaluate with")
     options.add_argument("--keep", type=Path, help="work in this empty folder and leave it there")
     arguments = options.parse_args()
     console = Console()
@@ -249,7 +253,7 @@ def main() -> int:
         workspace = (arguments.keep or Path(scratch)).absolute()
         workspace.mkdir(parents=True, exist_ok=True)
         try:
-            demonstrate(console, arguments.bits, workspace)
+            demonstrate(console, arguments.bits, arguments.windows, workspace)
         except (DemoError, QuantryError) as error:
             console.print(f"The demo failed: {error}", style="red", markup=False)
             log = workspace / "server.log"

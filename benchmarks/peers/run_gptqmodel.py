@@ -23,8 +23,11 @@ from transformers import AutoModelForCausalLM
 
 
 def unpacked(folder: Path) -> dict[str, torch.Tensor]:
-    """Layer name -> dequantized weight, (out, in) float32, as the library's own kernel computes it."""
-    model = GPTQModel.load(str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float32)
+    """Layer name -> dequantized weight, (out, in) float32, as the library's own kernel computes it.
+
+    That kernel takes float16, in which the scales are stored, or bfloat16.
+    """
+    model = GPTQModel.load(str(folder), backend=BACKEND.TORCH, device="cpu", dtype=torch.float16)
     weights = {}
     for name, module in model.model.named_modules():
         if hasattr(module, "dequantize_weight"):

@@ -45,6 +45,8 @@ class Family:
 
     def canonical(self, name: str) -> str:
         """The tensor's name in the causal LM, for checkpoints saved with or without the base prefix."""
+        if name == "embed_out.weight":  # how GPT-NeoX checkpoints call the head
+            return "lm_head.weight"
         known = name.startswith((f"{self.base}.", "lm_head."))
         return name if known else f"{self.base}.{name}"
 
@@ -140,7 +142,8 @@ def bias_slots(family: Family, config: Mapping[str, Any]) -> dict[str, bool]:
 
 def rehome_target(family: Family, config: Mapping[str, Any]) -> Family | None:
     """The family that computes the same with bias slots on every layer, or None where that is not exact."""
-    sliding = bool(config.get("sliding_window")) and config.get("use_sliding_window", True)
+    unset = 4096 if family.model_type == "mistral" else None  # transformers' default for a config without the key
+    sliding = bool(config.get("sliding_window", unset)) and config.get("use_sliding_window", True)
     return FAMILIES[family.rehome] if family.rehome and not sliding else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -11,9 +12,9 @@ from torch import Tensor, nn
 from quantry.contract import BiasCompensationStep, GptqStep, RtnStep
 from quantry.families import block_bias_layer
 from quantry.quantizers.affine import QuantizedLayer
-from worker.calibration.hooks import layer_input
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
+from worker.calibration.walk import Passage, passage
 from worker.methods.bias_compensation import channel_bias, position_bias
 from worker.models.causal_lm import CausalLM, run_block
 from worker.steps import WEIGHT_STEPS, needs_statistics
@@ -31,12 +32,12 @@ class QuantizedBlock:
 
 
 class BlockQuantizer:
-    """The recipe of a job, applied to one block after the other."""
+    """The recipe of a job, applied to one block after the other. positions: tokens of a calibration window."""
 
     def __init__(
-        self, model: CausalLM, step: RtnStep | GptqStep, compensation: BiasCompensationStep | None
+        self, model: CausalLM, step: RtnStep | GptqStep, compensation: BiasCompensationStep | None, positions: int
     ) -> None:
-        self.model, self.step, self.compensation = model, step, compensation
+        self.model, self.step, self.compensation, self.positions = model, step, compensation, positions
 
     @property
     def wants_statistics(self) -> bool:
@@ -56,49 +57,70 @@ class BlockQuantizer:
         given: what the quantized prefix computes. floating: what the float prefix computes.
         """
         block = QuantizedBlock({}, copy.deepcopy(original), {}, {})
-        groups = self.model.family.groups
-        sequential = not isinstance(self.step, GptqStep) or self.step.true_sequential
-        ahead = {} if sequential else {g: self._gather(index, g, original, block, given, floating) for g in groups}
         late: dict[str, Tensor] = {}
-        for group in groups:
-            statistics = ahead.pop(group) if ahead else self._gather(index, group, original, block, given, floating)
-            self._quantize_group(index, group, statistics, block, late)
-        if given is not None:
-            given.advance(block.module, index)
+        if self.sequential:
+            passages = self._passages(index, original, block, given, floating)
+            for group in self.model.family.groups:
+                self._quantize_group(index, group, self._gather(index, group, *passages), block, late)
+        else:
+            passages = self._passages(index, original, block, given, floating)
+            ahead = [self._gather(index, group, *passages) for group in self.model.family.groups]
+            for done in passages:
+                if done is not None:
+                    done.close()
+            for group, statistics in zip(self.model.family.groups, ahead, strict=True):
+                self._quantize_group(index, group, statistics, block, late)
+            passages = self._passages(index, original, block, given, floating)
+        if passages[0] is not None:
+            for _ in passages[0].finish():
+                pass
         for name, bias in late.items():  # as published: the base quantizer never saw these biases
             self._add_bias(block, name, bias)
-        if floating is not None:
-            self._advance_float(index, original, block, floating)
+        if floating is not None and passages[1] is not None:
+            self._finish_float(index, block, floating, passages[1])
         return block
 
-    def _gather(
+    @property
+    def sequential(self) -> bool:
+        """Whether the later layers of a block see the earlier ones quantized."""
+        return not isinstance(self.step, GptqStep) or self.step.true_sequential
+
+    def _passages(
         self,
         index: int,
-        group: tuple[str, ...],
         original: nn.Module,
         block: QuantizedBlock,
         given: Stream | None,
         floating: Stream | None,
+    ) -> tuple[Passage | None, Passage | None]:
+        family = self.model.family
+        stops = [group[0] for group in family.groups]
+        columns = max(self.model.columns(f"{family.blocks}.{index}.{name}") for name in stops)
+        pairs = ((block.module, given), (original, floating))
+        first, second = (
+            passage(module, [module.get_submodule(n) for n in stops], stream, index, columns) if stream else None
+            for module, stream in pairs
+        )
+        return first, second
+
+    def _gather(
+        self, index: int, group: tuple[str, ...], given: Passage | None, floating: Passage | None
     ) -> InputStatistics | None:
         """The statistics of the input that the layers of `group` share."""
         if given is None:
             return None
-        name = group[0]
-        columns = self.model.columns(f"{self.model.family.blocks}.{index}.{name}")
+        name = f"{self.model.family.blocks}.{index}.{group[0]}"
+        columns = self.model.columns(name)
         cross = isinstance(self.step, GptqStep) and self.step.target == "asymmetric"
-        positions = given.hidden.shape[1] if self._per_position else None
+        positions = self.positions if self._per_position else None
         statistics = InputStatistics.zeros(
             columns, hessian=needs_statistics(self.step), cross=cross, positions=positions, device=self.model.device
         )
-        with torch.no_grad():
-            for where, states, call in given.batches(index):
-                x_q = layer_input(block.module, block.module.get_submodule(name), states, call)
-                x_f = None
-                if floating is not None:
-                    x_f = layer_input(original, original.get_submodule(name), floating.hidden[where], call)
-                shape = (*states.shape[:2], -1)  # OPT runs its MLP on (tokens, width)
-                statistics.update(x_q.view(shape), None if x_f is None else x_f.view(shape))
-        return statistics.mean(f"{self.model.family.blocks}.{index}.{name}")
+        floats = repeat(None) if floating is None else floating.inputs()
+        for x_q, x_f in zip(given.inputs(), floats, strict=False):
+            shape = (-1, self.positions, columns)  # OPT runs its MLP on (tokens, width)
+            statistics.update(x_q.view(shape), None if x_f is None else x_f.view(shape))
+        return statistics.mean(name)
 
     def _quantize_group(
         self,
@@ -148,19 +170,18 @@ class BlockQuantizer:
         block.added[name] = block.added.get(name, torch.zeros_like(added)) + added
         install(block.module, name, block.layers[name])
 
-    def _advance_float(self, index: int, original: nn.Module, block: QuantizedBlock, floating: Stream) -> None:
+    def _finish_float(self, index: int, block: QuantizedBlock, floating: Stream, floats: Passage) -> None:
         """Move the float stream on; as published, fit the block's own output bias on float inputs on the way."""
         published = self.compensation is not None and self.compensation.targets == "published"
         layer = block_bias_layer(self.model.family, self.model.config.to_dict()) if published else None
         axes = (0,) if self._per_position else (0, 1)
         total: Tensor | None = None
-        with torch.no_grad():
-            for where, states, call in floating.batches(index):
-                out = run_block(original, states, call)
-                if layer is not None:
-                    error = (out.float() - run_block(block.module, states, call).float()).sum(axes, dtype=torch.float64)
-                    total = error if total is None else total + error
-                floating.hidden[where] = out
+        for where, states, out in floats.finish():
+            if layer is None:
+                continue
+            call = floating.calls[where.stop - where.start][index]
+            error = (out.float() - run_block(block.module, states, call).float()).sum(axes, dtype=torch.float64)
+            total = error if total is None else total + error
         if layer is not None and total is not None:
             count = len(floating.hidden) if self._per_position else floating.tokens.numel()
             self._add_bias(block, layer, (total / count).float())

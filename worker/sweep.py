@@ -78,7 +78,8 @@ class BlockSweep:
     ) -> None:
         self.model, self.spec, self.store, self.progress = model, spec, store, progress
         self.calibration, self.evaluation = calibration, evaluation
-        self.quantizer = BlockQuantizer(model, spec.weight_step, spec.compensation)
+        positions = 0 if calibration is None else calibration.shape[1]
+        self.quantizer = BlockQuantizer(model, spec.weight_step, spec.compensation, positions)
         self.cost = Cost()
 
     @torch.no_grad()

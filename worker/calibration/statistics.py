@@ -9,6 +9,8 @@ from torch import Tensor
 
 from worker.errors import CalibrationError, NonFiniteError
 
+PRODUCT_TOKENS = 2048
+
 
 @dataclass
 class InputStatistics:
@@ -35,16 +37,19 @@ class InputStatistics:
         return cls(square if hessian else None, square.clone() if cross else None, line, line.clone())
 
     def update(self, x_q: Tensor, x_f: Tensor | None) -> None:
-        axes = (0, 1) if self.sum_q.ndim == 1 else (0,)
-        self.sum_q += x_q.sum(axes, dtype=torch.float64)
-        self.tokens += x_q.shape[0] * x_q.shape[1]
-        x = x_q.flatten(0, 1).float()
+        axis = 0 if self.sum_q.ndim == 2 else (0, 1)
+        x = x_q.float()
+        self.sum_q += x.sum(axis)
+        self.tokens += x.shape[0] * x.shape[1]
+        flat = x.flatten(0, 1)
         if self.hessian is not None:
-            self.hessian.addmm_(x.T, x)
-        if x_f is not None:
-            self.sum_f += x_f.sum(axes, dtype=torch.float64)
-            if self.cross is not None:
-                self.cross.addmm_((x_f.flatten(0, 1).float() - x).T, x)
+            add_product(self.hessian, flat, flat, x_q.dtype)
+        if x_f is None:
+            return
+        y = x_f.float()
+        self.sum_f += y.sum(axis)
+        if self.cross is not None:
+            add_product(self.cross, (y - x).flatten(0, 1), flat, x_q.dtype)
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens. Raises CalibrationError for no token, NaN or infinity."""
@@ -58,3 +63,19 @@ class InputStatistics:
         hessian = None if self.hessian is None else self.hessian / t
         cross = None if self.cross is None else self.cross / t
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
+    """total += left^T right for (tokens, n) float32, summed in float32.
+
+    dtype: of the forward that the factors come from. Products of a bfloat16 forward are taken in bfloat16, a
+    few tokens at a time: a CPU rounds each partial product once, which averages out over the calibration set.
+    """
+    if dtype == torch.float32:
+        total.addmm_(left.T, right)
+        return
+    for a, b in zip(left.to(dtype).split(PRODUCT_TOKENS), right.to(dtype).split(PRODUCT_TOKENS), strict=True):
+        if total.device.type == "cuda":
+            total += torch.mm(a.T, b, out_dtype=torch.float32)
+        else:
+            total += a.T @ b

@@ -40,6 +40,11 @@ class Factor:
     order: Tensor
     damping: float
 
+    def natural_hessian(self) -> Tensor:
+        """H + lambda I in the order of the columns."""
+        position = torch.argsort(self.order)
+        return self.hessian[position][:, position]
+
 
 def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
     """Damp, order and factor H (n, n) float32.
@@ -75,8 +80,11 @@ def _inverse_root(h: Tensor) -> Tensor | None:
 
 def shifted_target(w: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
     """W* = W + strength * W D (H + lambda I)^-1 for w (out, in) and D = `cross` (in, in), in column order."""
-    shift = (w @ cross)[:, factor.order]
-    shift = (shift @ factor.inverse_root.T) @ factor.inverse_root
+    root = factor.inverse_root
+    if len(w) < len(root):
+        shift = ((w @ cross)[:, factor.order] @ root.T) @ root
+    else:
+        shift = w @ ((cross[:, factor.order] @ root.T) @ root)
     target = w.clone()
     target[:, factor.order] += strength * shift
     return target
@@ -100,16 +108,15 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
     if step.target == "asymmetric" and statistics.cross is not None:
         target = shifted_target(w, statistics.cross, factor, step.target_strength)
     grid = _fit_grid(target, statistics.hessian.diagonal(), step)
-    columns = Columns.of(grid, factor.order, step.group_size, w.shape[1])
-    wanted = target.T[factor.order].contiguous()
-    codes = sweep(wanted.clone(), factor.inverse_root, columns)
-    for _ in range(step.refinement):
-        columns = refit_scales(wanted, codes, factor.hessian, columns)
-        codes = descend(wanted, codes, factor.hessian, columns)
+    columns = Columns.of(grid, step.group_size, w.shape[1])
+    codes = torch.empty(w.shape[1], w.shape[0], device=w.device)
+    codes[factor.order] = sweep(target.T[factor.order].contiguous(), factor.inverse_root, columns.permuted(factor.order))
+    if step.refinement:
+        wanted, hessian = target.T.contiguous(), factor.natural_hessian()
+        for _ in range(step.refinement):
+            columns = descend(wanted, codes, hessian, columns)
     grid = columns.grid(grid)
-    restored = torch.empty_like(codes)
-    restored[factor.order] = codes
-    return GptqResult(on_grid(restored.T.to(torch.uint8).contiguous(), grid, step.group_size), factor.damping, target)
+    return GptqResult(on_grid(codes.T.to(torch.uint8).contiguous(), grid, step.group_size), factor.damping, target)
 
 
 def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
@@ -123,7 +130,7 @@ def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
 
 @dataclass(frozen=True)
 class Columns:
-    """The grid as the sweep meets it: scale, zero (groups, out); group_of: sweep position -> group."""
+    """The grid as the sweep meets it: scale, zero (groups, out); group_of: column -> group."""
 
     scale: Tensor
     zero: Tensor
@@ -131,18 +138,15 @@ class Columns:
     top: int
 
     @classmethod
-    def of(cls, grid: Grid, order: Tensor, group_size: int | None, columns: int) -> Columns:
-        group_of = order // (group_size or columns)
+    def of(cls, grid: Grid, group_size: int | None, columns: int) -> Columns:
+        group_of = torch.arange(columns, device=grid.scale.device) // (group_size or columns)
         return cls(grid.scale.T.contiguous(), grid.zero_point.T.contiguous(), group_of, 2**grid.bits - 1)
+
+    def permuted(self, order: Tensor) -> Columns:
+        return Columns(self.scale, self.zero, self.group_of[order], self.top)
 
     def grid(self, like: Grid) -> Grid:
         return Grid(self.scale.T.contiguous(), self.zero.T.contiguous(), like.bits, like.symmetric)
-
-    def values(self, codes: Tensor) -> Tensor:
-        """What codes (n, out) stand for."""
-        if len(self.scale) == 1:
-            return (codes - self.zero) * self.scale
-        return (codes - self.zero[self.group_of]) * self.scale[self.group_of]
 
 
 def sweep(w: Tensor, root: Tensor, columns: Columns, leaf: int = LEAF) -> Tensor:
@@ -175,55 +179,67 @@ def sweep(w: Tensor, root: Tensor, columns: Columns, leaf: int = LEAF) -> Tensor
     return codes
 
 
-def refit_scales(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns) -> Columns:
-    """The scales of least error tr((W^ - W*) H (W^ - W*)^T) for fixed codes: one small system per row.
+def descend(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Columns:
+    """One pass of block coordinate descent on tr((W^ - W*) H (W^ - W*)^T), which never rises.
 
-    With p = q - zero, entry (g, h) of the system is p_g^T H_gh p_h and its right side p_g^T (H w*)_g.
-    target, codes: (n, out). A scale that would vanish stays as it was.
+    Group by group: first the scale that is best for the group's codes, then each column's best grid point,
+    given everything else. target, codes: (n, out), columns in their own order; codes are overwritten.
+    Returns: the columns with their new scales.
     """
-    groups, rows = columns.scale.shape
-    points = codes - (columns.zero if groups == 1 else columns.zero[columns.group_of])
-    right = _sum_groups(points * (hessian @ target), columns, groups)
-    system = torch.empty(rows, groups, groups, device=codes.device)
-    for g in range(groups):
-        members = (columns.group_of == g).nonzero().squeeze(1)
-        system[:, g] = _sum_groups(points * (hessian[:, members] @ points[members]), columns, groups).T
-    system.diagonal(dim1=1, dim2=2).add_(1e-6 * system.diagonal(dim1=1, dim2=2).mean(-1, keepdim=True) + 1e-30)
-    solution, info = torch.linalg.solve_ex(system, right.T.unsqueeze(-1))
-    fresh = solution.squeeze(-1).T
-    ratio = fresh / columns.scale
-    usable = torch.isfinite(fresh) & (ratio > 0.25) & (ratio < 4) & (info == 0)
-    scale = store_scale(torch.where(usable, fresh, columns.scale))
-    return Columns(scale.contiguous(), columns.zero, columns.group_of, columns.top)
-
-
-def _sum_groups(x: Tensor, columns: Columns, groups: int) -> Tensor:
-    """Sum x (n, out) over the columns of each group: (groups, out)."""
-    if groups == 1:
-        return x.sum(0, keepdim=True)
-    return torch.zeros(groups, x.shape[1], device=x.device).index_add_(0, columns.group_of, x)
-
-
-def descend(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Tensor:
-    """One pass of cyclic coordinate descent: each column to its best grid point, given all the others.
-
-    The objective tr((W^ - W*) H (W^ - W*)^T) never rises. target, codes: (n, out); returns new codes.
-    """
-    codes = codes.clone()
-    delta = columns.values(codes) - target
-    diagonal = hessian.diagonal().tolist()
-    group_of = columns.group_of.tolist()
-    scale, zero = list(columns.scale), list(columns.zero)
-    for low in range(0, len(codes), leaf):
-        high = min(low + leaf, len(codes))
+    scale = columns.scale.clone()
+    zero, group_of = columns.zero, columns.group_of
+    delta = (codes - zero[group_of]) * scale[group_of] - target
+    size = len(codes) // len(scale)
+    for low in range(0, len(codes), size):
+        high = low + size
+        s, z = scale[low // size], zero[low // size]
         gradient = hessian[low:high] @ delta
-        for i in range(low, high):
-            s, z, row = scale[group_of[i]], zero[group_of[i]], i - low
-            wish = torch.sub(delta[i], gradient[row], alpha=1 / diagonal[i]).add_(target[i])
-            torch.div(wish, s, out=codes[i]).round_().add_(z).clamp_(0, columns.top)
-            fresh = (codes[i] - z).mul_(s).sub_(target[i])
-            change = fresh - delta[i]
-            delta[i] = fresh
-            if row + 1 < high - low:
-                gradient[row + 1 :].addr_(hessian[i, i + 1 : high], change)
-    return codes
+        _refit_scale(codes[low:high] - z, hessian[low:high, low:high], gradient, delta[low:high], s)
+        for start in range(0, size, leaf):
+            part = slice(low + start, min(low + start + leaf, high))
+            before = delta[part].clone()
+            _descend_columns(
+                target[part], codes[part], hessian[part, part], gradient[start : start + leaf], delta[part], s, z, columns.top
+            )
+            if part.stop < high:
+                gradient[start + leaf :].addmm_(hessian[part.stop : high, part], delta[part] - before)
+    return Columns(scale, zero, group_of, columns.top)
+
+
+def _refit_scale(points: Tensor, hessian: Tensor, gradient: Tensor, delta: Tensor, scale: Tensor) -> None:
+    """Move one group's scale (out,) to its optimum, where storing it in float16 still lowers the error.
+
+    points: q - zero of the group (columns, out). hessian: H_gg. gradient: (H delta)_g. The error as a function
+    of a change d of the scale is 2 d p^T (H delta)_g + d^2 p^T H_gg p. scale, gradient, delta are updated.
+    """
+    image = hessian @ points
+    slope = torch.linalg.vecdot(points, gradient, dim=0)
+    curvature = torch.linalg.vecdot(points, image, dim=0)
+    fresh = store_scale(scale - slope / curvature.clamp(min=torch.finfo(torch.float32).tiny))
+    change = fresh - scale
+    better = (2 * change * slope + change.square() * curvature < 0) & (fresh * scale > 0)
+    change = torch.where(better, change, torch.zeros_like(change))
+    scale += change
+    delta.addcmul_(points, change)
+    gradient.addcmul_(image, change)
+
+
+def _descend_columns(
+    target: Tensor,
+    codes: Tensor,
+    hessian: Tensor,
+    gradient: Tensor,
+    delta: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    top: int,
+) -> None:
+    """Each of these columns to its best grid point, in turn; codes, gradient and delta are overwritten."""
+    steps = (1 / hessian.diagonal()).tolist()
+    for i in range(len(codes)):
+        wish = torch.add(target[i], delta[i]).sub_(gradient[i], alpha=steps[i])
+        torch.div(wish, scale, out=codes[i]).round_().add_(zero).clamp_(0, top)
+        fresh = torch.sub(codes[i], zero, out=wish).mul_(scale).sub_(target[i])
+        if i + 1 < len(codes):
+            gradient[i + 1 :].addr_(hessian[i, i + 1 :], fresh - delta[i])
+        delta[i] = fresh

@@ -54,7 +54,7 @@ class CausalLM:
         self.family: Family = family_of(self.config.to_dict())
         self.tensors = Checkpoint(folder, self.family)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype, attn_implementation="sdpa")
+            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.model.eval().requires_grad_(False)
         self._check_names()
         self._load_skeleton()

@@ -1,0 +1,159 @@
+"""The block sweep on tiny models of every family: same bits however it is run, and what it reports is true."""
+
+import io
+import json
+from pathlib import Path
+
+import factories
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef, RtnStep, Step
+from worker.calibration import walk
+from worker.calibration.store import BlockStore
+from worker.models.causal_lm import CausalLM
+from worker.progress import Progress
+from worker.sweep import BlockSweep, SweepResult
+
+GPTQ = GptqStep(bits=3, group_size=16)
+BIAS = BiasCompensationStep()
+
+
+def windows(seed: int, count: int = 12, length: int = 32) -> torch.Tensor:
+    return torch.randint(4, 67, (count, length), generator=torch.Generator().manual_seed(seed))
+
+
+def sweep(folder: Path, store: Path, *recipe: Step, evaluate: bool = True) -> tuple[BlockSweep, SweepResult]:
+    model = CausalLM(folder, device=torch.device("cpu"), dtype=torch.float32)
+    spec = JobSpec(
+        model=ModelRef(source="local", id=str(folder)),
+        recipe=recipe,
+        evaluation=Evaluation() if evaluate else None,
+        format="quantry",
+    )
+    out = io.StringIO()
+    run = BlockSweep(
+        model, spec, BlockStore(store, "x"), Progress(out), windows(1), windows(2) if evaluate else None
+    )
+    result = run.run()
+    assert [json.loads(line)["type"] for line in out.getvalue().splitlines()].count("event") <= 2
+    return run, result
+
+
+def stored(folder: Path) -> dict[str, bytes]:
+    """The tensors of every stored block; the reports beside them hold seconds."""
+    from safetensors.torch import load_file, save
+
+    return {f.name: save(load_file(f)) for f in sorted(folder.glob("block-*"))}
+
+
+@torch.no_grad()
+def stock_perplexity(folder: Path, run: BlockSweep) -> float:
+    """The same network put together from stock transformers and the stored integers."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    for name, tensor in run.model.kept():
+        model.get_parameter(name).copy_(tensor)
+    for name, layer in run.store.layers(run.model.family.blocks, 2):
+        linear = model.get_submodule(name)
+        weight = layer.weight.dequantize()
+        linear.weight.copy_(weight.T if run.model.family.transposed else weight)
+        if layer.bias is not None:
+            linear.bias = nn.Parameter(layer.bias)
+    logits = model(input_ids=windows(2), use_cache=False).logits[:, :-1].flatten(0, 1)
+    return float(F.cross_entropy(logits, windows(2)[:, 1:].flatten()).exp())
+
+
+@pytest.mark.parametrize("name", factories.ARCHITECTURES)
+def test_reported_perplexity_is_that_of_the_stored_network(name: str, tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", name)
+    run, result = sweep(folder, tmp_path / "store", GPTQ, BIAS)
+    assert result.perplexity["quantized"] == pytest.approx(stock_perplexity(folder, run), rel=1e-4)
+    assert {"fp", "rtn", "quantized"} == set(result.perplexity)
+    assert len(result.layers) == 2 * len(run.model.family.linears)
+    for layer in result.layers:
+        assert layer.relative_mse is not None
+        assert layer.relative_mse_rtn is not None
+        assert 0 < layer.relative_mse < 1
+    ours = sum(layer.relative_mse or 0 for layer in result.layers)
+    assert ours < sum(layer.relative_mse_rtn or 0 for layer in result.layers)
+
+
+@pytest.mark.parametrize("recipe", [(GPTQ, BIAS), (RtnStep(bits=4),), (RtnStep(bits=4), BIAS)])
+def test_a_sweep_that_died_goes_on_with_the_same_bits(recipe: tuple[Step, ...], tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", "llama")
+    _, whole = sweep(folder, tmp_path / "whole", *recipe)
+    sweep(folder, tmp_path / "died", *recipe)
+    (tmp_path / "died" / "block-00001.safetensors").unlink()
+    (tmp_path / "died" / "block-00001.part").write_bytes(b"half a block")
+
+    _, resumed = sweep(folder, tmp_path / "died", *recipe)
+
+    assert stored(tmp_path / "died") == stored(tmp_path / "whole")
+    assert resumed.perplexity == whole.perplexity
+
+
+def test_another_fingerprint_starts_over(tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", "llama")
+    sweep(folder, tmp_path / "store", GPTQ)
+    assert BlockStore(tmp_path / "store", "x").finished() == 2
+    assert BlockStore(tmp_path / "store", "y").finished() == 0
+
+
+@pytest.mark.parametrize("name", ["llama", "opt-post-ln", "gpt2", "gpt_neox", "gemma3_text"])
+def test_walking_and_rerunning_a_block_give_the_same_bits(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", name)
+    sweep(folder, tmp_path / "walk", GPTQ, BIAS)
+    monkeypatch.setattr(walk, "WALK_SHARE", float("inf"))  # no memory to walk in
+    sweep(folder, tmp_path / "rerun", GPTQ, BIAS)
+    assert stored(tmp_path / "walk") == stored(tmp_path / "rerun")
+
+
+def mean_error(run: BlockSweep) -> float:
+    """Rms over channels of the mean error of the last block's output on the calibration windows."""
+    report = run.store.load(1, torch.device("cpu")).report
+    assert report.mean_error is not None
+    return report.mean_error
+
+
+def test_sequential_compensation_removes_the_mean_error_of_the_deployed_network(tmp_path: Path) -> None:
+    """The last layer's output, hence the residual stream, has no mean error on the calibration windows."""
+    folder = factories.write_checkpoint(tmp_path / "model", "llama")
+    published = BIAS.model_copy(update={"targets": "published"})
+    ours, _ = sweep(folder, tmp_path / "sequential", RtnStep(bits=3), BIAS, evaluate=False)
+    theirs, _ = sweep(folder, tmp_path / "published", RtnStep(bits=3), published, evaluate=False)
+    assert mean_error(ours) < 5e-5  # float32 rounding
+    assert mean_error(theirs) > 10 * mean_error(ours)
+
+
+@pytest.mark.parametrize("targets", ["sequential", "published"])
+@pytest.mark.parametrize("granularity", ["channel", "position_channel"])
+@pytest.mark.parametrize("name", ["opt", "opt-post-ln", "llama", "gemma2"])
+def test_every_mode_of_compensation_runs(name: str, granularity: str, targets: str, tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", name)
+    step = BiasCompensationStep.model_validate({"granularity": granularity, "targets": targets})
+    run, result = sweep(folder, tmp_path / "store", RtnStep(bits=3), step)
+    layers = run.store.load(0, torch.device("cpu")).layers
+    for layer in layers.values():
+        if granularity == "channel":
+            assert layer.bias is not None
+            assert layer.position_bias is None
+        else:
+            assert layer.position_bias is not None
+            assert layer.position_bias.shape[0] == 32
+    assert result.perplexity["quantized"] < 1e6
+
+
+def test_plain_gptq_and_all_at_once_run(tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path / "model", "llama")
+    classic = GptqStep(bits=3, target="plain", clip="none", act_order="none", true_sequential=False, refinement=0)
+    one, _ = sweep(folder, tmp_path / "classic", classic)
+    sequential = classic.model_copy(update={"true_sequential": True})
+    two, _ = sweep(folder, tmp_path / "sequential", sequential)
+    first, second = (run.store.load(0, torch.device("cpu")).layers for run in (one, two))
+    assert torch.equal(first["self_attn.q_proj"].weight.codes, second["self_attn.q_proj"].weight.codes)
+    assert not torch.equal(first["mlp.down_proj"].weight.codes, second["mlp.down_proj"].weight.codes)

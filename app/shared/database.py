@@ -68,7 +68,11 @@ def transaction(session: Session, *, write: bool = True) -> Iterator[None]:
         raise RuntimeError("a transaction is already open on this session: commit or roll back first")
     with session.begin():
         session.connection(execution_options={_WRITE: write})
-        yield
+        try:
+            yield
+        except BaseException:
+            session.expunge_all()  # a rollback would expire the rows that the caller still reads
+            raise
 
 
 def now(session: Session) -> datetime:

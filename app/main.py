@@ -9,6 +9,7 @@ from functools import partial
 from fastapi import FastAPI
 from sqlalchemy.orm import Session, sessionmaker
 
+from app import pages
 from app.api import datasets, errors, estimates, events, health, jobs, keys, methods, results
 from app.api.deps import Services
 from app.api.edge import MAX_BODY_BYTES, Edge
@@ -46,7 +47,8 @@ def create_app(settings: Settings | None = None, *, sessions: sessionmaker[Sessi
     app.state.metrics = Metrics()
     for router in ROUTERS:
         app.include_router(router)
-    errors.register(app, allowed_methods(ROUTERS))
+    app.include_router(pages.router)
+    errors.register(app, allowed_methods((*ROUTERS, pages.router)))
     app.openapi = document(app)  # type: ignore[method-assign]  # FastAPI's documented way to extend it
     app.add_middleware(Edge, limit=partial(_body_limit, settings), observe=app.state.metrics.observe)
     return app

@@ -17,6 +17,9 @@ TESTS ?=
 
 .PHONY: help install demo serve test test-gpu lint format bench chaos clean
 
+# Waiting threads sleep: spinning ones stall everything when tests, servers and jobs share the cores.
+export OMP_WAIT_POLICY ?= passive
+
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 

@@ -225,7 +225,7 @@ def demonstrate(console: Console, bits: int, windows: int, workspace: Path) -> N
             corrected = run(client, console, f"GPTQ-{bits} + compensation", request)
             artifact = workspace / "checkpoint"
             size = check_digests(artifact, client.download(corrected.job, artifact))
-    console.print(f"downloaded {bytes_text(size)} to {artifact}; every sha256 is right; server stopped")
+    console.print(f"downloaded {bytes_text(size)}; every sha256 is right; server stopped")
 
     text = workspace / "test.txt"
     text.write_text(bundled_text(TEXT, "test"), encoding="utf-8")

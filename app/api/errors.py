@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from app.intake.errors import HubUnreachable, InputRefused
 from app.shared import errors
+from app.uploads import UploadRefused
 from quantry.contract import SpecError
 
 MEDIA_TYPE = "application/problem+json"
@@ -49,6 +50,7 @@ STATUS: dict[type[Exception], int] = {
     errors.Conflict: 409,
     errors.QueueFull: 429,
     InputRefused: 422,
+    UploadRefused: 422,
     HubUnreachable: 503,
 }
 """The status of each error of the service; the nearest base class decides."""

@@ -30,13 +30,22 @@ MANIFEST = "manifest.json"
 _REPORT_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; sandbox"
 _LAYERS = TypeAdapter(tuple[LayerReport, ...])
 _NOT_READY = problems(_409="The job has no result, or none yet")
-_BYTES = {"content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}}
-_CONTENT: dict[int | str, dict[str, Any]] = {
-    200: {**_BYTES, "description": "The bytes"},
-    206: {**_BYTES, "description": "The ranges asked for"},
-    304: {"description": "Not modified"},
-    **problems(_409="The job has no result, or none yet", _416="The range lies beyond the end"),
-}
+
+
+def _content(media_type: str) -> dict[int | str, dict[str, Any]]:
+    """Documentation of a route that sends bytes, whole or in ranges."""
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    return {
+        200: {"content": {media_type: binary}, "description": "The bytes"},
+        206: {
+            "content": {media_type: binary, "multipart/byteranges": binary},
+            "description": "The ranges asked for",
+        },
+        304: {"description": "Not modified"},
+        **problems(_409="The job has no result, or none yet", _416="The range lies beyond the end"),
+    }
+
+
 Range = Annotated[
     str | None, Header(alias="Range", description="`bytes=0-1023`, `bytes=1024-`, `bytes=-512`")
 ]
@@ -116,7 +125,7 @@ def list_files(caller: Reader, job_id: JobId, services: ServicesDep) -> Manifest
     return _artifact(services, job_id, caller.owner).manifest
 
 
-@router.get("/files/{path:path}", response_class=Response, responses=_CONTENT)
+@router.get("/files/{path:path}", response_class=Response, responses=_content("*/*"))
 def download_file(
     caller: Reader,
     job_id: JobId,
@@ -132,7 +141,7 @@ def download_file(
     return _file(_artifact(services, job_id, caller.owner), path, media_type, headers)
 
 
-@router.get("/checkpoint", response_class=Response, responses=_CONTENT)
+@router.get("/checkpoint", response_class=Response, responses=_content("application/x-tar"))
 def download_checkpoint(
     caller: Reader,
     job_id: JobId,

@@ -103,10 +103,22 @@ def document(app: FastAPI) -> Callable[[], dict[str, Any]]:
             )
             schemas = schema.setdefault("components", {}).setdefault("schemas", {})
             schemas["Problem"] = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+            _never_null(schema)
             app.openapi_schema = schema
         return app.openapi_schema
 
     return openapi
+
+
+def _never_null(schema: dict[str, Any]) -> None:
+    """A parameter is there or not, but never null: `str | None` means that it may be left out."""
+    for item in schema["paths"].values():
+        for operation in item.values():
+            for parameter in operation.get("parameters", ()):
+                kinds = parameter["schema"].pop("anyOf", None)
+                if kinds is not None:
+                    (kind,) = (kind for kind in kinds if kind != {"type": "null"})
+                    parameter["schema"] |= kind
 
 
 def _documented(text: str) -> dict[str, Any]:

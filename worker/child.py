@@ -138,8 +138,8 @@ def environment(threads: int | None) -> dict[str, str]:
     """What a job process may know: no setting of the service, nothing that is named like a secret.
 
     glibc gives freed memory back to the kernel and faults it in again for every large tensor; that can cost a
-    third of the time, so it is told to keep it. OpenMP's threads spin while they wait for each other, which on a
-    busy machine keeps those they wait for off the cores (measured: a sixth of the pace), so they sleep instead.
+    third of the time, so it is told to keep it. OpenMP's threads spin while they wait for each other, which
+    keeps those they wait for off the cores of a busy machine (measured: a sixth of the pace), so they sleep.
     """
     allowed = {
         name: value

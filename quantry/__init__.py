@@ -1,7 +1,7 @@
 """Quantry: quantize, correct and verify a model over HTTP, and load what comes back.
 
-`import quantry` is cheap: it imports neither torch nor transformers. It makes sure that transformers, imported
-before or after, knows checkpoints in the `quantry` format, so that
+`import quantry` is cheap: it imports neither torch nor transformers. It makes sure that transformers,
+imported before or after, knows checkpoints in the `quantry` format, so that
 `AutoModelForCausalLM.from_pretrained(folder)` loads them. `quantry.load(folder)` loads every format that
 Quantry writes, and refuses what would load wrongly.
 """

@@ -118,7 +118,8 @@ def _check_reader(path: Path) -> None:
         raise CheckpointError(f'{path} needs a package: pip install "compressed-tensors{wanted}"') from error
     if odd and tuple(int(part) for part in found.split(".")[:2]) < (0, 18):
         raise CheckpointError(
-            f'compressed-tensors {found} packs {odd} bits differently: pip install "compressed-tensors{wanted}"'
+            f"compressed-tensors {found} packs {sorted(odd)} bits differently: "
+            f'pip install "compressed-tensors{wanted}"'
         )
 
 

@@ -2,8 +2,8 @@
 
 `quantization_config` of config.json:
     quant_method "quantry", format_version 1, bits, group_size (null: per channel), symmetric, scale_dtype,
-    layers {module name: {"bias": bool, "positions": rows of the position bias, and any of the keys before that
-    differ for this layer}}, producer, recipe. Layers not named stay as they are.
+    layers {module name: {"bias": bool, "positions": rows of the position bias, and any of the keys before
+    that differ for this layer}}, producer, recipe. Layers not named stay as they are.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 @register_quantization_config("quantry")
-class QuantryConfig(QuantizationConfigMixin):
+class QuantryConfig(QuantizationConfigMixin):  # type: ignore[misc]  # transformers is untyped here
     """`quantization_config` of a checkpoint in the quantry format. `dequantize`: load dense weights."""
 
     def __init__(
@@ -46,8 +46,8 @@ class QuantryConfig(QuantizationConfigMixin):
         self.quant_method = "quantry"
         if format_version != FORMAT_VERSION:
             raise ValueError(
-                f"this checkpoint is of format version {format_version}, this quantry reads {FORMAT_VERSION}: "
-                "install the version that its model card names"
+                f"this checkpoint is of format version {format_version}, this quantry reads "
+                f"{FORMAT_VERSION}: install the version that its model card names"
             )
         self.bits = bits
         self.group_size = group_size
@@ -74,7 +74,7 @@ class QuantryConfig(QuantizationConfigMixin):
 
 
 @register_quantizer("quantry")
-class QuantryQuantizer(HfQuantizer):
+class QuantryQuantizer(HfQuantizer):  # type: ignore[misc]  # as above
     """Puts packed layers in place of dense ones before transformers reads the files."""
 
     requires_calibration = True  # only checkpoints that are quantized already
@@ -97,17 +97,16 @@ class QuantryQuantizer(HfQuantizer):
                 packed = QuantizedLinear(inputs, outputs, form, positions if form.positions else None)
             model.set_submodule(name, packed)
             # Some parents (GPT-2's) would rescale the weight of a layer at random initialization
-            model.get_submodule(name.rpartition(".")[0])._is_hf_initialized = True
+            parent: Any = model.get_submodule(name.rpartition(".")[0])
+            parent._is_hf_initialized = True
         if any(entry.get("positions") for entry in self.quantization_config.layers.values()):
             positions.watch(model)
 
-    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        if self.quantization_config.dequantize:
-            return self._dequantize(model)
-        return model
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        return self._dequantize(model) if self.quantization_config.dequantize else model
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
-        """Dense layers in place of the packed ones. Raises ValueError where a bias depends on the position."""
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        """Dense layers in place of packed ones. Raises ValueError where a bias depends on the position."""
         packed = {name: m for name, m in model.named_modules() if isinstance(m, QuantizedLinear)}
         held = [name for name, module in packed.items() if module.position_bias is not None]
         if held:
@@ -145,10 +144,10 @@ def _shape(module: nn.Module, name: str) -> tuple[int, int]:
     raise ValueError(f"`{name}` is a {type(module).__name__}, not a linear layer")
 
 
-def _dense(packed: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.Module:
+def _dense(packed: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> Any:
     weight = packed.dequantize(dtype)
     bias = None if packed.bias is None else nn.Parameter(packed.bias.to(dtype))
-    layer: nn.Module
+    layer: Any
     with torch.device("meta"):
         if transposed:
             layer = Conv1D(packed.out_features, packed.in_features)
@@ -161,7 +160,7 @@ def _dense(packed: QuantizedLinear, dtype: torch.dtype, transposed: bool) -> nn.
     return layer
 
 
-def open_bias_slots(model: nn.Module, biased: set[str]) -> None:
+def open_bias_slots(model: Any, biased: set[str]) -> None:
     """Make the config say that these layers have biases, so that a model saved dense keeps them.
 
     A switch gives every layer under it a bias: those that had none get zeros. Warns where no switch exists.

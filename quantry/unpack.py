@@ -1,7 +1,7 @@
 """Dense weights from the GPTQ and GGUF artifacts that Quantry writes, by the published layouts alone.
 
-Independent of the code that writes them and of the packages that usually read them, so that a checkpoint can be
-verified, and used, where those are not installed.
+Independent of the code that writes them and of the packages that usually read them, so that a checkpoint can
+be verified, and used, where those are not installed.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from quantry.families import FAMILIES
 def gptq_state(folder: Path) -> dict[str, Tensor]:
     """The state dict of the stock dense model, weights in float32.
 
-    Layout (GPTQModel, AutoGPTQ): qweight int32 (in * bits / 32, out) and qzeros int32 (groups, out * bits / 32)
-    are little-endian bit streams along their packed axis; W[o, i] = scales[g_idx[i], o] * (q - zero).
+    Layout (GPTQModel, AutoGPTQ): qweight int32 (in * bits / 32, out) and qzeros int32 (groups, out * bits /
+    32) are little-endian bit streams along their packed axis; W[o, i] = scales[g_idx[i], o] * (q - zero).
     """
     config = json.loads((folder / "config.json").read_text())
     grid = config["quantization_config"]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import linear
 
 from quantry.layers.positions import Positions, position_bias_of
 from quantry.quantizers.affine import QuantizedWeight
@@ -41,9 +41,9 @@ def pack_weight(weight: QuantizedWeight) -> dict[str, Tensor]:
 class QuantizedLinear(nn.Module):
     """y = x W^T + bias (+ position bias), W = scale * (code - zero_point).
 
-    Buffers: weight_packed int32 (out, words), weight_scale (out, groups), weight_zero_point int32 (out, words)
-    unless symmetric, bias float32 (out,), position_bias float32 (positions, out). W is made in float32 and
-    rounded once to the dtype of x; never more than 64 MiB of it exist at a time for wide layers.
+    Buffers: weight_packed int32 (out, words), weight_scale (out, groups), weight_zero_point int32 (out,
+    words) unless symmetric, bias float32 (out,), position_bias float32 (positions, out). W is made in float32
+    and rounded once to the dtype of x; never more than 64 MiB of it exist at a time for wide layers.
     """
 
     def __init__(
@@ -91,14 +91,14 @@ class QuantizedLinear(nn.Module):
         bias = None if self.bias is None else self.bias.to(x.dtype)
         step = max(1, _CHUNK // self.in_features)
         if step >= self.out_features:
-            y = F.linear(x, self.dequantize(x.dtype), bias)
+            y = linear(x, self.dequantize(x.dtype), bias)
         else:
             parts = [slice(start, start + step) for start in range(0, self.out_features, step)]
             y = torch.cat([self._part(x, bias, part) for part in parts], dim=-1)
         return y if self.position_bias is None else y + self._position_bias(x)
 
     def _part(self, x: Tensor, bias: Tensor | None, rows: slice) -> Tensor:
-        return F.linear(x, self.dequantize(x.dtype, rows), None if bias is None else bias[rows])
+        return linear(x, self.dequantize(x.dtype, rows), None if bias is None else bias[rows])
 
     def _position_bias(self, x: Tensor) -> Tensor:
         """The bias of each token of x, (batch, sequence, in) or flattened to (batch * sequence, in)."""

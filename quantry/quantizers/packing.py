@@ -1,11 +1,12 @@
 """Dense packing of small unsigned integers: codes of 1..8 bits in 32-bit words, no bit wasted.
 
-Along the packed dimension, element i takes bits `i*bits .. i*bits + bits - 1` of a little-endian bit stream,
-and the stream is cut into int32 words; a value may straddle two of them. compressed-tensors (>= 0.18 for 3, 5,
-6 and 7 bits) and GPTQ use the same stream.
+Along the packed dimension, element i takes bits `i*bits .. i*bits + bits - 1` of a little-endian bit
+stream, and the stream is cut into int32 words; a value may straddle two of them. compressed-tensors (>= 0.18
+for 3, 5, 6 and 7 bits) and GPTQ use the same stream.
 
-Eight codes of b bits are b bytes, whatever b is. So eight bytes are read as one 64-bit number, and three shifts
-close the gaps between its fields, of 1, 2 and 4 bytes (or open them, to unpack): there is no loop over elements.
+Eight codes of b bits are b bytes, whatever b is. So eight bytes are read as one 64-bit number, and three
+shifts close the gaps between its fields, of 1, 2 and 4 bytes (or open them, to unpack): there is no loop over
+elements.
 """
 
 from __future__ import annotations

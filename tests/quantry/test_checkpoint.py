@@ -50,7 +50,8 @@ def run_python(code: str) -> str:
 
 
 def test_importing_quantry_imports_neither_torch_nor_transformers() -> None:
-    code = "import sys, quantry; print([m for m in ('torch', 'transformers', 'safetensors', 'numpy') if m in sys.modules])"
+    heavy = ("torch", "transformers", "safetensors", "numpy")
+    code = f"import sys, quantry; print([name for name in {heavy} if name in sys.modules])"
     assert run_python(code) == "[]"
 
 
@@ -72,7 +73,7 @@ def test_both_orders_of_import_work(imports: str, folder: Path) -> None:
 def test_a_bias_per_position_follows_the_cache_and_the_padding(
     name: str, models: ModuleType, tmp_path: Path
 ) -> None:
-    """Feeding the tokens one by one, or padded on the left, must add the same biases as the whole text at once."""
+    """Tokens one by one, or padded on the left, must meet the same biases as the whole text at once."""
     model = models.build(name, positions=6)
     model.export(tmp_path / "source", tmp_path / "out", "quantry")
     loaded = quantry.load(tmp_path / "out", dtype=torch.float32).eval()
@@ -145,7 +146,7 @@ def test_tensors_left_out_or_left_over_are_errors(folder: Path) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
     save_file({**tensors, "model.extra": torch.zeros(1)}, file, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="unexpected keys, such as model.extra"):
+    with pytest.raises(CheckpointError, match=r"unexpected keys, such as model\.extra"):
         quantry.load(folder)
     tensors.pop("model.layers.0.mlp.up_proj.bias")
     save_file(tensors, file, metadata={"format": "pt"})

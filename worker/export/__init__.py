@@ -1,4 +1,4 @@
-"""Checkpoint formats: write a quantized model so that the tools people have can load it, and prove that they do."""
+"""Checkpoint formats: write a quantized model so that common tools load it, and prove that they do."""
 
 from worker.export.manifest import write_manifest
 from worker.export.model_card import write_model_card

@@ -36,7 +36,7 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextmanager
 def whole_or_nothing(target: Path) -> Iterator[None]:
-    """Whatever goes wrong inside, nothing stays in `target`. Raises DiskFull where the disk was the reason."""
+    """If anything goes wrong inside, nothing stays in `target`. Raises DiskFull where that was the disk."""
     try:
         yield
     except BaseException as error:
@@ -50,8 +50,9 @@ def disk_full(target: Path, error: OSError) -> DiskFull:
     """The error a user reads when `target` cannot take more."""
     free = shutil.disk_usage(target).free
     return DiskFull(
-        f"no room for the checkpoint on the disk of {target} ({os.strerror(error.errno or errno.ENOSPC).lower()}; "
-        f"{free} bytes are free): nothing was kept; free some space or point the storage elsewhere, then retry"
+        f"no room for the checkpoint on the disk of {target} "
+        f"({os.strerror(error.errno or errno.ENOSPC).lower()}; {free} bytes are free): nothing was kept; "
+        "free some space or point the storage elsewhere, then retry"
     )
 
 

@@ -17,11 +17,10 @@ PRODUCER = "quantry"
 
 @dataclass(frozen=True)
 class Stored:
-    """One quantized layer in the file. `local`: its name inside its block; `columns`: its inputs."""
+    """One quantized layer in the file. `local`: its name inside its block."""
 
     name: str
     local: str
-    columns: int
     bits: int
     group_size: int | None
     symmetric: bool
@@ -85,9 +84,7 @@ def check_layer(name: str, layer: QuantizedLayer) -> None:
     if int(weight.codes.max()) > top or int(weight.zero_point.max()) > top:
         raise ExportError(f"layer `{name}`: a code or zero-point does not fit in {weight.bits} bits")
     if weight.symmetric and not bool((weight.zero_point == 2 ** (weight.bits - 1)).all()):
-        raise ExportError(
-            f"layer `{name}`: called symmetric, but its zero-points are not {2 ** (weight.bits - 1)}"
-        )
+        raise ExportError(f"layer `{name}`: symmetric, but its zero-points are not {2 ** (weight.bits - 1)}")
     if layer.bias is not None and layer.bias.shape != (rows,):
         raise ExportError(f"layer `{name}`: bias of shape {tuple(layer.bias.shape)}, expected {(rows,)}")
 
@@ -98,8 +95,8 @@ def float16_scale(name: str, layer: QuantizedLayer, label: str) -> Tensor:
     half = scale.to(torch.float16)
     if not torch.equal(half.float(), scale.float()):
         raise ExportError(
-            f"layer `{name}`: {label} stores scales in float16 and these are not float16 values: quantize with "
-            "float16 scales, or use format `quantry` or `compressed-tensors`"
+            f"layer `{name}`: {label} stores scales in float16 and these are not float16 values: quantize "
+            "with float16 scales, or use format `quantry` or `compressed-tensors`"
         )
     return half
 

@@ -1,7 +1,7 @@
 """GGUF: symmetric 4 bits in groups of 32 are Q4_0, 8 bits are Q8_0, without loss (docs/formats.md).
 
-Tensors are spooled to a file beside the target as they come, because GGUF wants their list first. Rows of q and
-k are interleaved as llama.cpp's rotary embedding wants them, and so are their biases.
+Tensors are spooled to a file beside the target as they come, because GGUF wants their list first. Rows of q
+and k are interleaved as llama.cpp's rotary embedding wants them, and so are their biases.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _Spool:
 
     def add(self, name: str, content: np.ndarray[Any, Any], raw: GGMLQuantizationType | None = None) -> None:
         self._writer.add_tensor_info(name, content.shape, content.dtype, content.nbytes, raw_dtype=raw)
-        self._out.write(memoryview(np.ascontiguousarray(content)).cast("B"))
+        self._out.write(np.ascontiguousarray(content).tobytes())
         self._out.write(bytes(-content.nbytes % _ALIGNMENT))
 
 
@@ -194,7 +194,8 @@ def _blocks(name: str, layer: QuantizedLayer, order: Tensor | None) -> np.ndarra
 def _checked(name: str, weight: QuantizedWeight) -> QuantizedWeight:
     if not (weight.symmetric and weight.group_size == BLOCK and weight.bits in _KINDS):
         raise ExportError(
-            f"layer `{name}`: GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32 exactly"
+            f"layer `{name}`: GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32, "
+            "nothing else exactly"
         )
     return weight
 
@@ -228,7 +229,7 @@ def _llama3_factors(theta: float, head_dim: int, settings: Mapping[str, Any]) ->
     waves = 2 * np.pi / frequencies
     low, high = settings["low_freq_factor"], settings["high_freq_factor"]
     smooth = np.clip((settings["original_max_position_embeddings"] / waves - low) / (high - low), 0, 1)
-    return (1 / ((1 - smooth) / settings["factor"] + smooth)).astype(np.float32)
+    return np.asarray(1 / ((1 - smooth) / settings["factor"] + smooth), dtype=np.float32)
 
 
 def _head_dim(config: Any) -> int:

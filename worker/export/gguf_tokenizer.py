@@ -130,7 +130,7 @@ def _type(
 
 
 def _scores(vocabulary: Vocabulary) -> list[float]:
-    """llama.cpp joins the pair of highest score first: a token's score is minus the rank of its first merge."""
+    """llama.cpp joins the pair of highest score first: minus the rank of a token's first merge."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(vocabulary.merges):
         ranks.setdefault(merge.replace(" ", "", 1), rank)

@@ -1,9 +1,9 @@
 """The GPTQ layout: 2, 3, 4 or 8 bits, symmetric or not (docs/formats.md).
 
-Version 1 (`checkpoint_format: "gptq"`) stores zero - 1, which is what every reader knows. It cannot say that a
-zero-point is 0: readers add the 1 to whole words, where it would carry into the next field. So zero-points wait
-until the last layer is known, and a checkpoint with a 0 among them is written as version 2 ("gptq_v2"), which
-stores the zero-points themselves.
+Version 1 (`checkpoint_format: "gptq"`) stores zero - 1, which is what every reader knows. It cannot say that
+a zero-point is 0: readers add the 1 to whole words, where it would carry into the next field. So zero-points
+wait until the last layer is known, and a checkpoint with a 0 among them is written as version 2 ("gptq_v2"),
+which stores the zero-points themselves.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ BITS = (2, 3, 4, 8)
 
 
 class Gptq:
-    """qweight int32 (in * bits / 32, out), qzeros int32 (groups, out * bits / 32), scales float16 (groups, out),
-    g_idx int32 (in,). Memory: the packed zero-points of all layers."""
+    """qweight int32 (in * bits / 32, out), qzeros int32 (groups, out * bits / 32), scales float16 (groups,
+    out), g_idx int32 (in,). Memory: the packed zero-points of all layers.
+    """
 
     own_layers = False
 

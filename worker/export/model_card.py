@@ -18,8 +18,8 @@ _NOTES = {
         "`quantry.load(folder)` reads it with neither, as dense weights."
     ),
     "gguf": (
-        "llama.cpp honours the biases that correction may have added. transformers' `gguf_file=` drops biases "
-        "without a word; `quantry.load(folder)` keeps them, as dense weights."
+        "llama.cpp honours the biases that correction may have added. transformers' `gguf_file=` drops "
+        "biases without a word; `quantry.load(folder)` keeps them, as dense weights."
     ),
     "quantry": (
         "`import quantry` must come before `from_pretrained`: without it transformers only warns and loads "
@@ -47,7 +47,7 @@ def write_model_card(
     parts = [
         _front_matter(base_model, format, source),
         f"# {base_model}, quantized\n",
-        f"Made by [Quantry](https://pypi.org/project/quantry/) {quantry.__version__} from `{base_model}`.\n",
+        f"Made by Quantry {quantry.__version__} from `{base_model}`.\n",
         "## How it was made\n",
         "".join(f"{number}. {_step(step)}\n" for number, step in enumerate(recipe, 1))
         or "See `config.json`.\n",
@@ -95,14 +95,15 @@ def _figures(quality: Sequence[QualityRow], size: SizeReport | None) -> str:
         return ""
     text = "## Measured\n\n"
     if quality:
-        text += "| metric | text | full precision | round to nearest | this checkpoint |\n| --- | --- | --- | --- | --- |\n"
+        text += "| metric | text | full precision | round to nearest | this checkpoint |\n"
+        text += "| --- | --- | --- | --- | --- |\n"
         for row in quality:
             values = " | ".join(_number(value) for value in (row.fp, row.rtn, row.quantized))
             text += f"| {row.metric} | {row.dataset}, {row.samples} windows | {values} |\n"
     if size is not None:
         text += (
-            f"\n{size.effective_bits:.2f} bits per quantized weight, with scales, zero-points and added biases; "
-            f"{size.quantized_bytes} bytes instead of {size.fp_bytes}.\n"
+            f"\n{size.effective_bits:.2f} bits per quantized weight, with scales, zero-points and added "
+            f"biases; {size.quantized_bytes} bytes instead of {size.fp_bytes}.\n"
         )
     return text
 

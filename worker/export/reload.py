@@ -2,7 +2,8 @@
 
     python -P reload.py FOLDER REFERENCE.safetensors FORMAT
 
-Prints one line of JSON: the figures, or {"error": ...}. Imports nothing of ours unless a user of the format has to.
+Prints one line of JSON: the figures, or {"error": ...}. Imports nothing of ours unless a user of the format
+has to.
 """
 
 import importlib

@@ -126,7 +126,7 @@ def _write(path: Path, tensors: dict[str, Tensor]) -> tuple[int, str]:
             _write_all(out.fileno(), memoryview(piece))
             digest.update(piece)
         for name in order:
-            content = memoryview(tensors[name].reshape(-1).view(torch.uint8).numpy())
+            content = tensors[name].reshape(-1).view(torch.uint8).numpy().data
             _write_all(out.fileno(), content)
             digest.update(content)
         os.fsync(out.fileno())

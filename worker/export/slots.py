@@ -55,8 +55,8 @@ def config_with_slots(config: Mapping[str, Any], family: Family, biased: set[str
             return rehomed
     homeless = sorted(biased - {name for name, slot in bias_slots(family, config).items() if slot})
     raise ExportError(
-        f"{family.model_type} has no place for a bias on {', '.join(homeless)}, so stock loaders would drop what "
-        "bias compensation put there: use format `quantry`"
+        f"{family.model_type} has no place for a bias on {', '.join(homeless)}, so stock loaders would drop "
+        "what bias compensation put there: use format `quantry`"
     )
 
 
@@ -74,8 +74,8 @@ def _as_llama(config: Mapping[str, Any], family: Family) -> Config:
     resolved = CONFIG_MAPPING[family.model_type].from_dict(dict(config))
     if getattr(resolved, "sliding_window", None) is not None:
         raise ExportError(
-            f"this {family.model_type} attends in a window of {resolved.sliding_window} tokens, which a Llama "
-            "cannot: use format `quantry`"
+            f"this {family.model_type} attends in a window of {resolved.sliding_window} tokens, which a "
+            "Llama cannot: use format `quantry`"
         )
     llama: Config = {key: getattr(resolved, key) for key in _LLAMA_KEYS if hasattr(resolved, key)}
     llama["head_dim"] = (
@@ -133,7 +133,7 @@ def zero_biases(
     lost = {name for name in missing if not name.endswith(opened)}
     if lost:
         raise ExportError(
-            f"{len(lost)} tensors of the model were not written, such as `{min(lost)}`: the source checkpoint "
-            "does not fit its config.json"
+            f"{len(lost)} tensors of the model were not written, such as `{min(lost)}`: the source "
+            "checkpoint does not fit its config.json"
         )
     return {name: torch.zeros(expected[name].shape, dtype=torch.float16) for name in sorted(missing)}

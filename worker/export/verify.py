@@ -2,12 +2,12 @@
 
     python -m worker.export.verify FOLDER REFERENCE.safetensors --json
 
-REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab). Exit status 0: they agree; 1: they
-do not, or the checkpoint does not load with every tensor in its place.
+REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab). Exit status 0: they agree; 1:
+they do not, or the checkpoint does not load with every tensor in its place.
 
 Loaders: compressed-tensors: stock transformers, nothing of ours is imported; quantry: the same after
-`import quantry`; gptq and gguf: their stock loaders are not part of a worker (and transformers drops biases from
-GGUF files), so `quantry.unpack` reads them into the stock model.
+`import quantry`; gptq and gguf: their stock loaders are not part of a worker (and transformers drops biases
+from GGUF files), so `quantry.unpack` reads them into the stock model.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 from worker.errors import VerificationError
 
-# Largest difference of a logit that is put down to rounding, as a share of the root mean square of the logits.
+# Largest difference of a logit that is put down to rounding, as a share of the logits' root mean square.
 TOLERANCE = 1e-3
 LOADERS = {
     "compressed-tensors": "transformers, compressed-tensors",
@@ -47,8 +47,9 @@ def verify(
         raise VerificationError(f"the checkpoint ({format}) does not load cleanly: {result['error']}")
     if not result["relative_difference"] <= tolerance:
         raise VerificationError(
-            f"the reloaded checkpoint ({format}) computes logits that differ by {result['max_abs_difference']:.3g} "
-            f"({result['relative_difference']:.3g} of their rms, allowed {tolerance:g})"
+            f"the reloaded checkpoint ({format}) computes logits that differ by "
+            f"{result['max_abs_difference']:.3g} ({result['relative_difference']:.3g} of their rms, "
+            f"allowed {tolerance:g})"
         )
     return {"loader": LOADERS[format], **result}
 

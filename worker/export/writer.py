@@ -150,7 +150,6 @@ def _note(name: str, layer: QuantizedLayer, family: Family) -> Stored:
     return Stored(
         name=name,
         local=local,
-        columns=weight.codes.shape[1],
         bits=weight.bits,
         group_size=weight.group_size,
         symmetric=weight.symmetric,

@@ -105,7 +105,6 @@ def token_ids() -> Tensor:
 
 def random_layer(
     weight: Tensor,
-    bias: Tensor | None,
     *,
     bits: int,
     group_size: int | None,
@@ -140,7 +139,7 @@ def build(
     added: str = "",
     positions: int = 0,
 ) -> Tiny:
-    """A model of CONFIGS; layers whose name matches `added` get a bias if they have none, and all get a new one."""
+    """A model of CONFIGS on its grid; layers whose name matches `added` get a new bias."""
     torch.manual_seed(0)
     config = CONFIG_MAPPING[CONFIGS[name]["model_type"]](**CONFIGS[name])
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -179,7 +178,6 @@ def _quantize(
     weight = module.weight.data.t() if transposed else module.weight.data
     grid = random_layer(
         weight.contiguous(),
-        None,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,

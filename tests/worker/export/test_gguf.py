@@ -138,5 +138,5 @@ def test_a_splitting_rule_without_a_name_is_refused(tiny: Build, source: Path, t
     other = tmp_path / "other"
     other.mkdir()
     (other / "tokenizer.json").write_text(json.dumps(content))
-    with pytest.raises(ExportError, match="Whitespace.*no name for"):
+    with pytest.raises(ExportError, match=r"Whitespace.*no name for"):
         tiny("llama").export(other, tmp_path / "out", "gguf")

@@ -28,7 +28,9 @@ def field(words: Tensor, index: int, bits: int) -> int:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("group_size", [None, 32])
-def test_published_layout(bits: int, symmetric: bool, group_size: int | None, tiny: Build, tmp_path: Path) -> None:
+def test_published_layout(
+    bits: int, symmetric: bool, group_size: int | None, tiny: Build, tmp_path: Path
+) -> None:
     model = tiny("llama", bits=bits, symmetric=symmetric, group_size=group_size)
     model.export(tmp_path / "source", tmp_path / "out", "gptq")
     tensors = load_file(tmp_path / "out" / "model.safetensors")
@@ -45,7 +47,9 @@ def test_published_layout(bits: int, symmetric: bool, group_size: int | None, ti
     assert qzeros.shape == (groups, rows * bits // 32)
     assert torch.equal(tensors[f"{name}.scales"], weight.scale.t())
     assert tensors[f"{name}.scales"].dtype == torch.float16
-    assert tensors[f"{name}.g_idx"].tolist() == [column // (group_size or columns) for column in range(columns)]
+    assert tensors[f"{name}.g_idx"].tolist() == [
+        column // (group_size or columns) for column in range(columns)
+    ]
     for row in (0, 1, rows - 1):
         assert [field(qweight[:, row], i, bits) for i in range(columns)] == weight.codes[row].tolist()
         for group in range(groups):
@@ -57,7 +61,9 @@ def test_loads_with_added_biases(name: str, tiny: Build, ids: Tensor, tmp_path: 
     model = tiny(name, bits=3, symmetric=False, added=".")
     model.export(tmp_path / "source", tmp_path / "out", "gptq")
     with torch.no_grad():
-        got = quantry.load(tmp_path / "out", dtype=torch.float32).eval()(input_ids=ids, use_cache=False).logits
+        got = (
+            quantry.load(tmp_path / "out", dtype=torch.float32).eval()(input_ids=ids, use_cache=False).logits
+        )
     torch.testing.assert_close(got, model.logits(ids), atol=1e-5, rtol=1e-5)
 
 

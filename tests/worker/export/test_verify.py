@@ -46,17 +46,27 @@ def test_a_wrong_scale_is_caught_and_the_command_says_so(
     assert "(gptq) computes logits that differ by" in json.loads(capsys.readouterr().out)["error"]
 
 
-def test_a_bias_without_a_place_is_caught(tiny: Build, tmp_path: Path) -> None:
-    model = tiny("llama", added=".")
-    model.export(tmp_path / "source", tmp_path / "out", "compressed-tensors")
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    config["mlp_bias"] = False
-    (tmp_path / "out" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(VerificationError, match=r"6 unexpected keys, such as model\.layers\.0\.mlp\.down_proj\.bias"):
-        verify(tmp_path / "out", "compressed-tensors", model.reference(tmp_path / "reference.safetensors"))
+def test_a_tensor_without_a_place_is_reported(
+    tiny: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Stock loaders only warn of a bias that the config has no switch for, and leave it out."""
+    model = tiny("llama", added="q_proj")
+    kept = "model.layers.1.self_attn.q_proj"
+    model.kept[f"{kept}.weight"] = model.layers.pop(kept).weight.dequantize()  # dense: a stock nn.Linear
+    model.export(tmp_path / "source", tmp_path / "out", "quantry")
+    file = tmp_path / "out" / "model.safetensors"
+    tensors = {**load_file(file), f"{kept}.bias": torch.ones(64)}
+    save_file(tensors, file, metadata={"format": "pt"})
+    capsys.readouterr()
+    reference = model.reference(tmp_path / "reference.safetensors")
+    assert reload.main(str(tmp_path / "out"), str(reference), "quantry") == 1
+    error = json.loads(capsys.readouterr().out)["error"]
+    assert error == f"ValueError: 1 unexpected keys, such as {kept}.bias"
 
 
-def test_a_truncated_file_is_reported(tiny: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_truncated_file_is_reported(
+    tiny: Build, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = tiny("opt")
     model.export(tmp_path / "source", tmp_path / "out", "quantry")
     reference = model.reference(tmp_path / "reference.safetensors")

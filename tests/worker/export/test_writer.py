@@ -27,7 +27,9 @@ Build = Callable[..., Any]
 
 
 @pytest.mark.parametrize("format", ["compressed-tensors", "gptq", "quantry"])
-def test_shards_hold_at_most_their_size_and_load(format: str, tiny: Build, ids: Tensor, tmp_path: Path) -> None:
+def test_shards_hold_at_most_their_size_and_load(
+    format: str, tiny: Build, ids: Tensor, tmp_path: Path
+) -> None:
     model = tiny("llama")
     manifest = model.export(tmp_path / "source", tmp_path / "out", format, shard_bytes=20_000)
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
@@ -83,7 +85,13 @@ def test_companions_and_card_and_manifest(tiny: Build, tmp_path: Path) -> None:
     row = QualityRow(metric="perplexity", dataset="pydoc", samples=9, fp=10.0, rtn=14.5, quantized=11.25)
     size = SizeReport(fp_bytes=1000, quantized_bytes=250, effective_bits=3.52, quantized_weights=7)
     write_model_card(
-        out, format="compressed-tensors", base_model="owner/base", recipe=recipe, source=source, quality=[row], size=size
+        out,
+        format="compressed-tensors",
+        base_model="owner/base",
+        recipe=recipe,
+        source=source,
+        quality=[row],
+        size=size,
     )
     (out / "report.json").write_text("{}")
     manifest = write_manifest(out, format="compressed-tensors", job="job_1")
@@ -179,7 +187,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path) -> None:
     target.mkdir()
     conftest = str(Path(__file__).with_name("conftest.py"))
     script = SMALL_DISK.format(conftest=conftest, source=str(tmp_path / "source"), target=str(target))
-    mount = f"mount -t tmpfs -o size=96k tmpfs {target} && exec {sys.executable} -c \"$0\" compressed-tensors"
+    mount = f'mount -t tmpfs -o size=96k tmpfs {target} && exec {sys.executable} -c "$0" compressed-tensors'
     root = str(Path(__file__).resolve().parents[3])
     done = subprocess.run(
         ["unshare", *(["-m"] if os.geteuid() == 0 else ["-rm"]), "sh", "-c", mount, script],

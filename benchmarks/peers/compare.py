@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 BENCH = HERE.parent.parent / ".bench"
 SIDES: dict[str, tuple[str, str, list[str]]] = {  # name: (environment, script, options)
     "llmcompressor-rtn": ("llmcompressor", "run_llmcompressor.py", ["--method", "rtn"]),
@@ -43,7 +43,10 @@ def python(environment: str) -> str:
 
 
 def call(command: list[str], threads: int, log: Path) -> None:
-    """Run one step with everything it prints in `log`. Exits with the end of the log if it fails."""
+    """Run one step with everything it prints in `log`. Exits with the end of the log if it fails.
+
+    Peers leave files where they are started: that is the log's folder.
+    """
     environment = os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "GPTQMODEL_CPU_WORKERS": str(max(2, threads)),  # it refuses to start with one
@@ -53,7 +56,7 @@ def call(command: list[str], threads: int, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("wb") as output:
         done = subprocess.run(
-            command, cwd=HERE, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
+            command, cwd=log.parent, env=environment, stdout=output, stderr=subprocess.STDOUT, check=False
         )
     if done.returncode:
         raise SystemExit(f"{' '.join(command)}\n{log.read_text(errors='replace')[-3000:]}\nsee {log}")
@@ -63,7 +66,11 @@ def measure(checkpoint: Path, windows: Path, threads: int, kept: Path) -> float:
     """Perplexity of a plain checkpoint, by our environment's script; `kept` remembers it."""
     if not kept.exists():
         log = kept.with_suffix(".log")
-        call([sys.executable, "perplexity.py", str(checkpoint), str(windows), "--bfloat16"], threads, log)
+        call(
+            [sys.executable, str(HERE / "perplexity.py"), str(checkpoint), str(windows), "--bfloat16"],
+            threads,
+            log,
+        )
         kept.write_text(log.read_text().strip().splitlines()[-1] + "\n")
     return float(json.loads(kept.read_text())["perplexity"])
 
@@ -73,7 +80,7 @@ def side(name: str, bits: int, given: argparse.Namespace, windows: Path, results
     environment, script, options = SIDES[name]
     target = results / f"{name}-w{bits}-g{given.group_size}"
     if not (target / "figures.json").exists():
-        command = [python(environment), script, str(given.model), str(windows), str(target)]
+        command = [python(environment), str(HERE / script), str(given.model), str(windows), str(target)]
         command += ["--bits", str(bits), "--group-size", str(given.group_size), *options]
         call(command, given.threads, results / "logs" / f"{target.name}.log")
     figures = json.loads((target / "figures.json").read_text())
@@ -113,7 +120,7 @@ def main() -> None:
     if not windows.exists():
         command = [
             sys.executable,
-            "windows.py",
+            str(HERE / "windows.py"),
             str(given.model),
             str(given.calibration),
             str(given.evaluation),

@@ -13,6 +13,7 @@ CHROMIUM := $(shell command -v chromium || command -v chromium-browser)
 # browser's where there is no Chromium (.ci/run installs it).
 MARKS := not slow and not gpu$(if $(CHROMIUM),, and not browser)
 PYTEST := $(BIN)/pytest
+BENCHMARKS ?= benchmarks/api.py
 TESTS ?=
 
 .PHONY: help install demo serve test test-gpu lint format bench chaos clean
@@ -62,8 +63,8 @@ chaos: export HF_HUB_OFFLINE = 1
 chaos: $(STAMP) ## the tests that take minutes: killed workers, lost brokers, full disks
 	$(PYTEST) -m "slow and not gpu" $(TESTS)
 
-bench: $(STAMP) ## the figures of benchmarks/README.md
-	$(BIN)/python -m benchmarks
+bench: $(STAMP) ## the benchmarks that need no other package or text; benchmarks/README.md names the rest
+	for script in $(BENCHMARKS); do $(BIN)/python $$script; done
 
 clean: ## remove caches and builds; .venv, .bench and $(DATA) stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache *.egg-info

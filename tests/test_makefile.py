@@ -25,7 +25,7 @@ def plan(target: str) -> str:
     [
         ("demo", "scripts/demo.py"),
         ("serve", "quantry-server serve --data data"),
-        ("bench", "-m benchmarks"),
+        ("bench", "benchmarks/api.py"),
         ("chaos", 'pytest -m "slow and not gpu"'),
         ("test-gpu", "pytest -m gpu"),
     ],

@@ -17,7 +17,8 @@ def bytes_text(count: float) -> str:
         if abs(value) < 999.5 or unit == _UNITS[-1]:
             break
         value /= 1000
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+    whole = unit == "B" or abs(value) >= 999.5
+    return f"{value:,.0f} {unit}" if whole else f"{value:.3g} {unit}"
 
 
 def seconds_text(seconds: float) -> str:

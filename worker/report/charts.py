@@ -64,7 +64,7 @@ def line_chart(
     return _svg(frame, parts, name, title, about)
 
 
-def bar(value: float | None, *, low: float, high: float, width: int = 120, kind: str = "ours") -> Markup:
+def bar(value: float | None, *, low: float, high: float, width: int = 96, kind: str = "ours") -> Markup:
     """A bar from `low` to `value`, for a cell of a table whose text holds the figure."""
     if value is None:
         return Markup("")
@@ -75,7 +75,7 @@ def bar(value: float | None, *, low: float, high: float, width: int = 120, kind:
 
 
 def dumbbell(
-    before: float | None, after: float | None, *, low: float, high: float, width: int = 120
+    before: float | None, after: float | None, *, low: float, high: float, width: int = 96
 ) -> Markup:
     """Two values on a logarithmic line, for a cell of a table whose text holds the figures."""
     if not positive([before]) or not positive([after]):

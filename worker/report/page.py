@@ -85,6 +85,7 @@ def render(report: Report) -> str:
         layers=layers,
         groups=[(block, list(rows)) for block, rows in groupby(layers, lambda row: row.block)],
         worst=sorted(layers, key=_sqnr)[:10] if len(layers) > MANY_LAYERS else [],
+        dampings=list(dict.fromkeys(layer.damping for layer in report.layers)),
         grids=sorted({(layer.bits, layer.group_size or 0) for layer in report.layers}),
         means=means_text(report.layers),
         estimate=estimate_rows(report),
@@ -109,10 +110,16 @@ def _quality_tile(row: QualityRow) -> Tile:
     change = signed(row.quantized, row.fp)
     if not change:
         return Tile(row.metric, number_text(row.quantized), f"on {row.dataset}")
-    worse = (row.quantized or 0) > (row.fp or 0)
-    tone = "good" if worse != (row.metric in LOWER_IS_BETTER) else "bad" if worse else "plain"
+    tone = "good" if _no_worse(row, row.fp) else "plain" if _no_worse(row, row.rtn) else "bad"
     note = f"{number_text(row.quantized)} instead of {number_text(row.fp)}"
     return Tile(row.metric, change, note, tone)
+
+
+def _no_worse(row: QualityRow, than: float | None) -> bool:
+    """Whether the result is at least as good as another figure of the row; true where there is none."""
+    if row.quantized is None or than is None:
+        return True
+    return row.quantized <= than if row.metric in LOWER_IS_BETTER else row.quantized >= than
 
 
 def quality_lines(row: QualityRow) -> list[QualityLine]:

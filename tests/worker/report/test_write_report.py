@@ -183,8 +183,13 @@ def test_what_is_won_back(fp: float, rtn: float, quantized: float, said: str, re
     assert (f"{said} of what rounding" in html) == bool(said)
 
 
-def test_a_better_result_than_full_precision_is_shown_as_good(report: Report) -> None:
-    row = report.quality[0].model_copy(update={"quantized": 14.0})
-    assert '<li class="good"><strong>−4.19 %</strong>' in render(
-        report.model_copy(update={"quality": (row,)})
-    )
+@pytest.mark.parametrize(
+    ("quantized", "tone", "change"),
+    [(14.0, "good", "−4.19 %"), (15.981, "plain", "+9.37 %"), (20.5, "bad", "+40.30 %")],
+)
+def test_a_result_is_bad_when_rounding_would_have_been_better(
+    quantized: float, tone: str, change: str, report: Report
+) -> None:
+    row = report.quality[0].model_copy(update={"quantized": quantized})
+    html = render(report.model_copy(update={"quality": (row,)}))
+    assert f'<li class="{tone}"><strong>{change}</strong>' in html

@@ -13,6 +13,7 @@ from app import pages
 from app.api import datasets, errors, estimates, events, health, jobs, keys, methods, results
 from app.api.deps import Services
 from app.api.edge import MAX_BODY_BYTES, Edge
+from app.api.keyring import Keyring
 from app.api.metrics import Metrics
 from app.api.router import allowed_methods, document
 from app.api.watch import Watcher
@@ -32,7 +33,7 @@ def create_app(settings: Settings | None = None, *, sessions: sessionmaker[Sessi
     sessions = sessions or database.sessions()
     storage = Storage(settings.storage)
     storage.prepare()
-    services = Services(settings, sessions, storage, Watcher(sessions))
+    services = Services(settings, sessions, storage, Watcher(sessions), Keyring(sessions))
     app = FastAPI(
         title="Quantry",
         version=__version__,

@@ -65,7 +65,7 @@ class Server:
 
 
 class Connection:
-    """One keep-alive connection; speaks as much HTTP as is needed here, to leave the processor to the server."""
+    """One keep-alive connection, with as much HTTP as is needed: the processor is for the server."""
 
     def __init__(self, server: Server) -> None:
         self.server = server

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Path, Request
 from fastapi.security import APIKeyHeader, HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session, sessionmaker
 
+from app.api.keyring import Keyring
 from app.api.watch import Watcher
-from app.security import Caller, Scope, verify_key
+from app.security import Caller, Scope
 from app.shared.errors import JobNotFound, KeyRefused
 from app.shared.settings import Settings
 from app.shared.storage import Storage
@@ -31,6 +32,7 @@ class Services:
     sessions: sessionmaker[Session]
     storage: Storage
     watcher: Watcher
+    keyring: Keyring
 
 
 async def get_services(request: Request) -> Services:
@@ -45,8 +47,8 @@ _bearer = HTTPBearer(auto_error=False, description="An API key: `Authorization: 
 _header = APIKeyHeader(name="X-API-Key", auto_error=False, description="An API key: `X-API-Key: qz_...`")
 
 
-def _caller(scope: Scope) -> Callable[..., Caller]:
-    def caller(
+def _caller(scope: Scope) -> Callable[..., Coroutine[Any, Any, Caller]]:
+    async def caller(
         request: Request,
         services: ServicesDep,
         bearer: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)],
@@ -55,8 +57,7 @@ def _caller(scope: Scope) -> Callable[..., Caller]:
         key = bearer.credentials if bearer is not None else header
         if not key:
             raise KeyRefused("send an API key, as `Authorization: Bearer qz_...` or as `X-API-Key: qz_...`")
-        with services.sessions() as session:
-            found = verify_key(session, key)
+        found = await services.keyring.caller(key)
         request.scope["quantry.key_id"] = found.key_id
         found.require(scope)
         return found

@@ -14,11 +14,11 @@ from app.api.content import etag_matches
 from app.api.deps import JobId, Reader, Services, ServicesDep, Writer
 from app.api.negotiation import wait_seconds
 from app.api.router import Router, problems
-from app.api.watch import Mark
+from app.api.watch import look
 from app.intake.preparing import prepare
 from app.shared import jobs
 from app.shared.tables import Job
-from quantry.contract import FINISHED, JobPage, JobRead, JobRequest, State
+from quantry.contract import JobPage, JobRead, JobRequest, State
 
 router = Router(prefix="/v1/jobs", tags=["jobs"])
 
@@ -101,14 +101,14 @@ async def read_job(
     applied = {} if wait is None else {"Preference-Applied": f"wait={wait}"}
     deadline = time.monotonic() + (wait or 0)
     while True:
-        job = await run_in_threadpool(_load, services, job_id, caller.owner)
-        unchanged = etag_matches(if_none_match, jobs.etag(job))
-        news = job.state in FINISHED or (if_none_match is not None and not unchanged)
-        if news or not await services.watcher.wait(job_id, Mark.of(job), deadline - time.monotonic()):
+        found = await run_in_threadpool(look, services.sessions, job_id, caller.owner)
+        unchanged = etag_matches(if_none_match, found.etag)
+        news = found.finished or (if_none_match is not None and not unchanged)
+        if news or not await services.watcher.wait(job_id, found.mark, deadline - time.monotonic()):
             break
     if unchanged:
-        return Response(status_code=304, headers={**_validators(job), **applied})
-    return _shown(job, 200, applied)
+        return Response(status_code=304, headers={**_validators(found.etag), **applied})
+    return _shown(await run_in_threadpool(_load, services, job_id, caller.owner), 200, applied)
 
 
 @router.post(
@@ -143,12 +143,12 @@ def _load(services: Services, job_id: str, owner: str) -> Job:
 def _shown(job: Job, status: int, headers: dict[str, str] | None = None) -> Response:
     content = jobs.to_read(job).model_dump_json()
     place = {"Location": f"/v1/jobs/{job.id}"} if status == 202 else {}
-    sent = {**_validators(job), **place, **(headers or {})}
+    sent = {**_validators(jobs.etag(job)), **place, **(headers or {})}
     return Response(content, status, sent, "application/json")
 
 
-def _validators(job: Job) -> dict[str, str]:
-    return {"ETag": jobs.etag(job), "Cache-Control": "private, no-cache", "Vary": "Authorization, X-API-Key"}
+def _validators(etag: str) -> dict[str, str]:
+    return {"ETag": etag, "Cache-Control": "private, no-cache", "Vary": "Authorization, X-API-Key"}
 
 
 def _request_sha256(request: JobRequest) -> str:

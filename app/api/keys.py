@@ -52,6 +52,7 @@ def revoke_key(
         raise NotFound(f"there is no API key {key_id!r}")
     with services.sessions() as session:
         security.revoke_key(session, key_id)
+    services.keyring.forget()
     return Response(status_code=204)
 
 

@@ -11,13 +11,16 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
-from sqlalchemy import select
+from sqlalchemy import bindparam, select
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 from starlette.concurrency import run_in_threadpool
 
+from app.shared import jobs
 from app.shared.database import transaction
+from app.shared.errors import JobNotFound
 from app.shared.tables import Job
+from quantry.contract import FINISHED
 
 PERIOD_S = 0.2
 _BATCH = 500  # ids in one query; SQLite allows some tens of thousands of parameters
@@ -34,6 +37,29 @@ class Mark:
     @classmethod
     def of(cls, job: Job) -> Mark:
         return cls(job.version, job.last_event)
+
+
+@dataclass(frozen=True)
+class Look:
+    """As much of a job as tells whether there is news."""
+
+    mark: Mark
+    etag: str
+    finished: bool
+
+
+_LOOK = select(Job.id, Job.version, Job.last_event, Job.state).where(
+    Job.id == bindparam("job_id"), Job.owner == bindparam("owner")
+)
+
+
+def look(sessions: sessionmaker[Session], job_id: str, owner: str) -> Look:
+    """A look at one job, several times cheaper than loading it. Raises JobNotFound."""
+    with sessions() as session, transaction(session, write=False):
+        row = session.execute(_LOOK, {"job_id": job_id, "owner": owner}).one_or_none()
+    if row is None:
+        raise JobNotFound(job_id)
+    return Look(Mark(row.version, row.last_event), jobs.etag_of(row.id, row.version), row.state in FINISHED)
 
 
 class Watcher:

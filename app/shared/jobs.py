@@ -277,7 +277,12 @@ def attempts(session: Session, job_id: str, *, owner: str) -> list[Attempt]:
 
 def etag(job: Job) -> str:
     """A strong entity tag, quoted: it changes with every change that `to_read` shows."""
-    return f'"{job.id}.{job.version}"'
+    return etag_of(job.id, job.version)
+
+
+def etag_of(job_id: str, version: int) -> str:
+    """The same without the row."""
+    return f'"{job_id}.{version}"'
 
 
 def to_read(job: Job) -> JobRead:

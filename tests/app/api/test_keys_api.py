@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
-from tests.app.api.factories import REQUEST
+from app import security
+from app.api import keyring
+from tests.app.api.factories import REQUEST, Keys
 
 
 def test_a_key_works_until_it_is_revoked(client: TestClient, app: Any) -> None:
@@ -55,3 +58,23 @@ def test_a_bad_key_request_is_refused(client: TestClient, body: dict[str, Any]) 
 @pytest.mark.parametrize("key_id", ["nope", "%00", "a b", "\u00e4"])
 def test_an_unknown_key_is_not_found(client: TestClient, key_id: str) -> None:
     assert client.delete(f"/v1/keys/{key_id}").status_code == 404
+
+
+def test_a_key_that_is_revoked_elsewhere_stops_soon(
+    client: TestClient, sqlite_sessions: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by `quantry-server keys revoke`: this process is not told, and asks again when its memory is old."""
+    monkeypatch.setattr(keyring, "REMEMBER_S", 0.05)
+    key_id = client.get("/v1/keys").json()["items"][0]["id"]
+    with sqlite_sessions() as session:
+        security.revoke_key(session, key_id)
+    time.sleep(0.1)
+    assert client.get("/v1/keys").status_code == 401
+
+
+def test_the_memory_for_keys_is_bounded(app: Any, keys: Keys, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keyring, "_MOST", 3)
+    for number in range(8):
+        user = TestClient(app, headers=keys.make(f"user{number}"))
+        assert user.get("/v1/jobs").status_code == 200
+    assert len(app.state.services.keyring._known) <= 3

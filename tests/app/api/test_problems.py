@@ -325,13 +325,13 @@ def test_a_database_that_is_gone_is_a_problem_that_passes(
     client: TestClient, app: FastAPI, made: Jobs
 ) -> None:
     with made.sessions() as session:
-        session.execute(text("ALTER TABLE api_keys RENAME TO elsewhere"))
+        session.execute(text("ALTER TABLE jobs RENAME TO elsewhere"))
         session.commit()
     response = client.get("/v1/jobs")
     assert check(response, 503, "database-unavailable")["retryable"] is True
     assert int(response.headers["Retry-After"]) > 0
     with made.sessions() as session:
-        session.execute(text("ALTER TABLE elsewhere RENAME TO api_keys"))
+        session.execute(text("ALTER TABLE elsewhere RENAME TO jobs"))
         session.commit()
     assert client.get("/v1/jobs").status_code == 200
 

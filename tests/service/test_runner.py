@@ -7,7 +7,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
@@ -15,6 +14,7 @@ from app.shared import jobs, leases
 from app.shared.settings import Settings
 from app.shared.storage import Storage
 from quantry.contract import Event, JobRead, JobRequest, Limits, State
+from tests.service.processes import await_gone, gone
 from worker.runner import Runner
 from worker.tasks import run_job
 
@@ -74,17 +74,6 @@ def await_state(runner: Runner, job_id: str, state: State) -> None:
 
 def folders(runner: Runner, job_id: str) -> set[str]:
     return {path.name for path in runner.storage.job(job_id).iterdir()}
-
-
-def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
-def await_gone(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while left := [pid for pid in pids if alive(pid)]:
-        assert time.monotonic() < deadline, f"still running: {left}"
-        time.sleep(0.05)
 
 
 def pids_of(runner: Runner, job_id: str) -> list[int]:
@@ -249,7 +238,7 @@ def test_a_warm_process_is_used_once(runner: Runner) -> None:
         assert run(warm, "succeed").state == State.SUCCEEDED
         assert warm._warm is not None
         assert warm._warm.pid != first
-        assert not alive(first)
+        assert gone(first)
         os.kill(warm._warm.pid, 9)  # one that died while it waited is replaced
         await_gone([warm._warm.pid])
         assert run(warm, "succeed").state == State.SUCCEEDED

@@ -12,16 +12,16 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-WAIT_S = 60  # the machine may be busy; no test needs it when all is well
+from tests.service.processes import WAIT_S, await_gone, await_that
+
 ENVIRONMENT = {
     "QUANTRY_JOB_MODULE": "child_jobs",
     "QUANTRY_LEASE_S": "4",
@@ -33,20 +33,9 @@ ENVIRONMENT = {
 }
 
 
-def await_that(what: Callable[[], object], message: str) -> Any:
-    """The first true value of `what`."""
-    deadline = time.monotonic() + WAIT_S
-    while not (value := what()):
-        assert time.monotonic() < deadline, message
-        time.sleep(0.1)
-    return value
-
-
-def alive(process: psutil.Process) -> bool:
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+def family(process: psutil.Process) -> list[int]:
+    """The process and all below it."""
+    return [process.pid, *(child.pid for child in process.children(recursive=True))]
 
 
 class Server:
@@ -98,17 +87,17 @@ class Server:
         await_that(reached, f"{job_id} never came to {states}: {found}")
         return found
 
-    def tree(self) -> list[psutil.Process]:
+    def tree(self) -> list[int]:
         """Every process of this server, the supervisor first."""
-        supervisor = psutil.Process(self.process.pid)
-        return [supervisor, *supervisor.children(recursive=True)]
+        return family(psutil.Process(self.process.pid))
 
     def child(self, part: str) -> psutil.Process:
         """The process whose command line has `part`."""
 
         def find() -> psutil.Process | None:
-            for process in self.tree():
+            for pid in self.tree():
                 try:
+                    process = psutil.Process(pid)
                     if part in " ".join(process.cmdline()):
                         return process
                 except psutil.NoSuchProcess:
@@ -116,7 +105,6 @@ class Server:
             return None
 
         found = await_that(find, f"no process with {part!r}")
-        assert isinstance(found, psutil.Process)
         return found
 
     def stop(self) -> None:
@@ -139,10 +127,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     everything = server.tree()
     server.stop()
     await_gone(everything)
-
-
-def await_gone(processes: list[psutil.Process]) -> None:
-    await_that(lambda: not any(map(alive, processes)), f"still running: {[p for p in processes if alive(p)]}")
 
 
 def running_pids(server: Server, job_id: str) -> list[int]:
@@ -176,7 +160,7 @@ def test_cancel_ends_a_running_job_and_its_processes(server: Server) -> None:
     pids = running_pids(server, job_id)
     server.call("POST", f"/v1/jobs/{job_id}/cancel")
     server.await_state(job_id, "cancelled")
-    await_that(lambda: not any(map(psutil.pid_exists, pids)), f"still running: {pids}")
+    await_gone(pids)
 
 
 def test_doubled_doorbells_start_a_job_once(server: Server) -> None:
@@ -197,9 +181,9 @@ def test_a_killed_worker_loses_nothing(server: Server) -> None:
     job_id = server.submit("long_first")
     server.await_state(job_id, "quantizing")
     worker = server.child(WORKER)
-    family = [worker, *worker.children(recursive=True)]
+    everything = family(worker)
     worker.kill()
-    await_gone(family)
+    await_gone(everything)
 
     job = server.await_state(job_id, "succeeded", "failed")
     assert (job["state"], job["attempt"]) == ("succeeded", 2)
@@ -213,7 +197,7 @@ def test_a_killed_job_process_is_a_typed_failure(server: Server) -> None:
     os.kill(pids[0], signal.SIGKILL)
     job = server.await_state(job_id, "failed")
     assert job["error"]["type"] == "process-killed"
-    await_that(lambda: not any(map(psutil.pid_exists, pids)), f"still running: {pids}")
+    await_gone(pids)
 
 
 def test_a_killed_broker_loses_nothing(server: Server) -> None:
@@ -231,7 +215,7 @@ def test_a_killed_api_comes_back_on_the_same_port(server: Server) -> None:
     job_id = server.submit("slow", seconds="2")
     api = server.child(API)
     api.kill()
-    await_gone([api])
+    await_gone([api.pid])
     assert server.await_state(job_id, "succeeded")["attempt"] == 1  # the listening socket never closed
 
 
@@ -240,7 +224,7 @@ def test_a_frozen_worker_is_fenced(server: Server) -> None:
     job_id = server.submit("long_first")
     server.await_state(job_id, "quantizing")
     worker = server.child(WORKER)
-    copy = worker.children(recursive=True)
+    copy = [child.pid for child in worker.children()]
     worker.suspend()
     try:
         server.await_state(job_id, "queued")
@@ -248,48 +232,43 @@ def test_a_frozen_worker_is_fenced(server: Server) -> None:
         worker.resume()
     job = server.await_state(job_id, "succeeded", "failed")
     assert (job["state"], job["attempt"]) == ("succeeded", 2)
-    await_that(lambda: not all(map(alive, copy)), "the fenced copy still runs")
+    await_gone(copy)
 
 
-@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_stops_everything_and_a_restart_goes_on(tmp_path: Path, how: signal.Signals) -> None:
+def test_stopped_or_killed_it_leaves_no_orphan_and_goes_on_after_a_restart(tmp_path: Path) -> None:
     server = Server(tmp_path / "data")
     try:
         key = server.key
         running = server.submit("long_first")
         server.await_state(running, "quantizing")
         waiting = server.submit("succeed")
-        everything = server.tree()
-        server.process.send_signal(how)
-        assert server.process.wait(WAIT_S) == 0
-        await_gone(everything)
-        server.stop()
+        end(server, signal.SIGTERM, status=0)
 
         server.start()
         assert server.key == key
         assert server.await_state(running, "succeeded", "failed")["attempt"] == 2
         assert server.await_state(waiting, "succeeded", "failed")["attempt"] == 1
-    finally:
-        server.stop()
-
-
-def test_a_killed_supervisor_leaves_no_orphan_and_a_restart_goes_on(tmp_path: Path) -> None:
-    server = Server(tmp_path / "data")
-    try:
-        job_id = server.submit("fork")
-        running_pids(server, job_id)
-        everything = server.tree()
-        assert len(everything) >= 7  # supervisor, broker, api, worker, job and its two
-        server.process.kill()
-        await_gone(everything)
-        server.stop()
+        forked = server.submit("fork")
+        running_pids(server, forked)
+        assert len(server.tree()) >= 7  # supervisor, broker, api, worker, the job and its two
+        end(server, signal.SIGKILL, status=-signal.SIGKILL)
 
         server.start()
-        await_that(lambda: server.job(job_id)["attempt"] == 2, "the job was not taken up again")
-        server.call("POST", f"/v1/jobs/{job_id}/cancel")
-        server.await_state(job_id, "cancelled")
+        await_that(lambda: server.job(forked)["attempt"] == 2, "the job was not taken up again")
+        server.call("POST", f"/v1/jobs/{forked}/cancel")
+        server.await_state(forked, "cancelled")
+        end(server, signal.SIGINT, status=0)
     finally:
         server.stop()
+
+
+def end(server: Server, how: signal.Signals, status: int) -> None:
+    """Signal the supervisor, and see that everything it started is gone."""
+    everything = server.tree()
+    server.process.send_signal(how)
+    assert server.process.wait(WAIT_S) == status
+    await_gone(everything)
+    server.stop()
 
 
 def refused(*arguments: str, **environment: str) -> str:

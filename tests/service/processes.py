@@ -32,7 +32,4 @@ def await_that(what: Callable[[], T], message: str) -> T:
 def await_gone(pids: Iterable[int]) -> None:
     """Wait until none of the processes runs."""
     wanted = list(pids)
-    await_that(
-        lambda: all(map(gone, wanted)),
-        f"still running, of {wanted}: {[pid for pid in wanted if not gone(pid)]}",
-    )
+    await_that(lambda: all(map(gone, wanted)), f"some still run: {wanted}")

@@ -104,8 +104,7 @@ class Server:
                     continue
             return None
 
-        found = await_that(find, f"no process with {part!r}")
-        return found
+        return await_that(find, f"no process with {part!r}")
 
     def stop(self) -> None:
         if self.process.poll() is None:

@@ -53,10 +53,10 @@ def end(live: LiveServer, claim: Claim, ending: str) -> None:
 
 
 def test_submit_in_the_short_form(live: LiveServer) -> None:
-    job = submit(
-        live, "--method", "gptq", "--correction", "bias_compensation", "--group-size", "32", "--asymmetric",
-        "--format", "quantry", "--seed", "7", "--label", "team=a", "--label", "run=1", "--accept-increase", "0.1",
-    )  # fmt: skip
+    recipe = ("--method", "gptq", "--correction", "bias_compensation", "--group-size", "32", "--asymmetric")
+    labels = ("--label", "team=a", "--label", "run=1")
+    rest = ("--format", "quantry", "--seed", "7", "--accept-increase", "0.1")
+    job = submit(live, *recipe, *labels, *rest)
     weights = job.spec.weight_step
     assert (weights.method, weights.bits, weights.group_size, weights.symmetric) == ("gptq", 4, 32, False)
     assert job.spec.compensation is not None

@@ -59,9 +59,9 @@ def api(
     """Run the HTTP server, and the loop that keeps the queue moving."""
     if lifeline_fd is not None:
         lifeline.watch(lifeline_fd)
-    import uvicorn
-
     from app import first_run as preparation
+    from app import server
+    from app.main import create_app
     from app.shared.database import sessions
     from app.shared.dispatcher import Dispatcher
     from app.shared.logs import configure_logs
@@ -76,18 +76,9 @@ def api(
         require_keys_beyond_loopback(host)
     dispatcher = Dispatcher(sessions(), settings)
     dispatcher.start()
-    config = uvicorn.Config(
-        "app.main:create_app",
-        factory=True,
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=5,
-    )
+    sockets = None if fd is None else [socket.socket(fileno=fd)]
     try:
-        uvicorn.Server(config).run(sockets=None if fd is None else [socket.socket(fileno=fd)])
+        server.run(create_app(settings), host=host, port=port, sockets=sockets)
     finally:
         dispatcher.stop.set()
 

@@ -267,7 +267,8 @@ def main() -> None:
     print("| what | measured | server CPU a request |\n| --- | --- | --- |")
     print(
         f"| submit at {options.rate}/s | p50 {1000 * percentile(submit, 0.5):.1f} ms, "
-        f"p99 {1000 * percentile(submit, 0.99):.1f} ms, worst {1000 * max(submit):.1f} ms | {submit_cpu:.2f} ms |"
+        f"p99 {1000 * percentile(submit, 0.99):.1f} ms, worst {1000 * max(submit):.1f} ms "
+        f"| {submit_cpu:.2f} ms |"
     )
     print(
         f"| poll answered 304, {options.connections} connections | {len(poll) / wall:.0f}/s, "
@@ -276,7 +277,7 @@ def main() -> None:
     print(f"| download of {FILE_BYTES >> 20} MiB | {sorted(rates)[2]:.0f} MB/s (best {max(rates):.0f}) | |")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     machine = f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}"
-    print(f"\n{machine}; load before: {load:.1f}; SQLite; {versions}; `python benchmarks/api.py`")
+    print(f"\n{machine}; load before: {load:.1f}; SQLite; {versions}; `{' '.join(['python', *sys.argv])}`")
 
 
 if __name__ == "__main__":

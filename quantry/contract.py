@@ -14,7 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
 Format = Literal["auto", "compressed-tensors", "gptq", "gguf", "quantry"]
-Label = Annotated[str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+Label = Annotated[
+    str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+]
 Name = Annotated[str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^\x00-\x1f\x7f]+$")]
 
 
@@ -105,7 +107,9 @@ class RtnStep(WeightGrid):
     """Round to nearest: each weight to the nearest point of its grid, no calibration data."""
 
     method: Literal["rtn"] = "rtn"
-    clip: Literal["none", "mse"] = Field("none", description="mse: shrink each range to the least squared error")
+    clip: Literal["none", "mse"] = Field(
+        "none", description="mse: shrink each range to the least squared error"
+    )
 
 
 class GptqStep(WeightGrid):
@@ -113,15 +117,25 @@ class GptqStep(WeightGrid):
 
     method: Literal["gptq"] = "gptq"
     clip: Literal["none", "mse"] = Field("mse", description="mse: search each range, weighted by the Hessian")
-    act_order: Literal["static", "none"] = Field("static", description="static: largest Hessian diagonal first")
+    act_order: Literal["static", "none"] = Field(
+        "static", description="static: largest Hessian diagonal first"
+    )
     target: Literal["asymmetric", "plain"] = Field(
         "asymmetric", description="asymmetric: reproduce the float layer's output from quantized inputs"
     )
-    target_strength: float = Field(1.0, ge=0, le=1, description="share of the asymmetric shift that is applied")
+    target_strength: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="share of the asymmetric shift that is applied; less than 1 overfits less",
+    )
     damping: float = Field(0.01, gt=0, le=1, description="added to H, as a share of its mean diagonal")
     true_sequential: bool = Field(True, description="inside a block, later layers see earlier ones quantized")
     refinement: int = Field(
-        2, ge=0, le=16, description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ"
+        2,
+        ge=0,
+        le=16,
+        description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ",
     )
 
 
@@ -189,7 +203,9 @@ class JobSpec(Model):
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Field(Evaluation(), description="null: no evaluation")
     format: Format = "auto"
-    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: what the worker was started for")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="auto: what the worker was started for"
+    )
     compute_dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of the forwards; auto: bfloat16 products where the processor has them"
     )
@@ -244,7 +260,11 @@ class JobRequest(Model):
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:
-        named = [n for n in ("bits", "method", "correction", "group_size", "symmetric") if n in self.model_fields_set]
+        named = [
+            n
+            for n in ("bits", "method", "correction", "group_size", "symmetric")
+            if n in self.model_fields_set
+        ]
         if self.recipe is not None and named:
             raise ValueError(f"`recipe` is the full form: leave out {', '.join(f'`{n}`' for n in named)}")
         if self.recipe is None and self.bits is None:
@@ -272,11 +292,15 @@ def _spec_error(error: ValidationError) -> SpecError:
 def check_recipe(recipe: tuple[Step, ...]) -> None:
     """One weight step, first; then each correction at most once. Raises SpecError."""
     if recipe[0].method not in WEIGHT_METHODS:
-        raise SpecError("recipe.0", f"`{recipe[0].method}` corrects quantized weights: put `rtn` or `gptq` before it")
+        raise SpecError(
+            "recipe.0", f"`{recipe[0].method}` corrects quantized weights: put `rtn` or `gptq` before it"
+        )
     seen: set[str] = set()
     for index, step in enumerate(recipe):
         if index and step.method in WEIGHT_METHODS:
-            raise SpecError(f"recipe.{index}", f"a second weight step; `{recipe[0].method}` already quantizes the weights")
+            raise SpecError(
+                f"recipe.{index}", f"a second weight step; `{recipe[0].method}` already quantizes the weights"
+            )
         if step.method in seen:
             raise SpecError(f"recipe.{index}", f"`{step.method}` stands twice")
         seen.add(step.method)
@@ -296,15 +320,24 @@ def resolve_format(
     if wanted == "quantry":
         return wanted
     if per_position:
-        raise SpecError("format", f"{wanted} has no place for a bias per position; use quantry, or granularity channel")
+        raise SpecError(
+            "format", f"{wanted} has no place for a bias per position; use quantry, or granularity channel"
+        )
     if wanted == "compressed-tensors" and not weights.symmetric:
         raise SpecError(
-            "format", "packed asymmetric compressed-tensors do not load in transformers; use symmetric weights, gptq or quantry"
+            "format",
+            "packed asymmetric compressed-tensors do not load in transformers; use symmetric weights, gptq or quantry",
         )
     if wanted == "gptq" and weights.bits not in (2, 3, 4, 8):
-        raise SpecError("format", f"the GPTQ layout holds 2, 3, 4 or 8 bits, not {weights.bits}; use compressed-tensors or quantry")
+        raise SpecError(
+            "format",
+            f"the GPTQ layout holds 2, 3, 4 or 8 bits, not {weights.bits}; use compressed-tensors or quantry",
+        )
     if wanted == "gguf" and not (weights.symmetric and weights.group_size == 32 and weights.bits in (4, 8)):
-        raise SpecError("format", "GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32 exactly, nothing else")
+        raise SpecError(
+            "format",
+            "GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32 exactly, nothing else",
+        )
     return wanted
 
 
@@ -475,9 +508,13 @@ class LayerReport(Model):
     relative_mse: float | None = None
     relative_mse_rtn: float | None = None
     sqnr_db: float | None = None
-    mean_error_before: float | None = Field(None, description="rms over channels of the mean output error, before compensation")
+    mean_error_before: float | None = Field(
+        None, description="rms over channels of the mean output error, before compensation"
+    )
     mean_error_after: float | None = None
-    damping: float | None = Field(None, description="share of the mean diagonal that made the Hessian positive definite")
+    damping: float | None = Field(
+        None, description="share of the mean diagonal that made the Hessian positive definite"
+    )
     warnings: tuple[str, ...] = ()
 
 
@@ -499,7 +536,9 @@ class BlockReport(Model):
 class SizeReport(Model):
     fp_bytes: int
     quantized_bytes: int
-    effective_bits: float = Field(description="per quantized weight, with scales, zero-points and added biases")
+    effective_bits: float = Field(
+        description="per quantized weight, with scales, zero-points and added biases"
+    )
     quantized_weights: int
     added_bias_bytes: int = 0
 

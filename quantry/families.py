@@ -79,12 +79,26 @@ FAMILIES: dict[str, Family] = {
         ),
         _llama_like(
             "llama",
-            "LlamaForCausalLM", bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP}, gguf=True
+            "LlamaForCausalLM",
+            bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            gguf=True,
         ),
         _llama_like("mistral", "MistralForCausalLM", residual_output="mlp.down_proj", rehome="llama"),
-        _llama_like("qwen2", "Qwen2ForCausalLM", fixed_bias=_QKV, residual_output="mlp.down_proj", rehome="llama"),
-        _llama_like("qwen3", "Qwen3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}, residual_output="mlp.down_proj"),
-        _llama_like("gemma", "GemmaForCausalLM", bias_switches={"attention_bias": _ATTENTION}, residual_output="mlp.down_proj"),
+        _llama_like(
+            "qwen2", "Qwen2ForCausalLM", fixed_bias=_QKV, residual_output="mlp.down_proj", rehome="llama"
+        ),
+        _llama_like(
+            "qwen3",
+            "Qwen3ForCausalLM",
+            bias_switches={"attention_bias": _ATTENTION},
+            residual_output="mlp.down_proj",
+        ),
+        _llama_like(
+            "gemma",
+            "GemmaForCausalLM",
+            bias_switches={"attention_bias": _ATTENTION},
+            residual_output="mlp.down_proj",
+        ),
         _llama_like("gemma2", "Gemma2ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
         _llama_like("gemma3_text", "Gemma3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
         Family(
@@ -103,7 +117,12 @@ FAMILIES: dict[str, Family] = {
             "GPTNeoXForCausalLM",
             "gpt_neox",
             "gpt_neox.layers",
-            (("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+            (
+                ("attention.query_key_value",),
+                ("attention.dense",),
+                ("mlp.dense_h_to_4h",),
+                ("mlp.dense_4h_to_h",),
+            ),
             bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
             fixed_bias=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
             residual_output="mlp.dense_4h_to_h",
@@ -119,14 +138,21 @@ _NEOX_DEFAULTS = {"attention_bias": True}
 def family_of(config: Mapping[str, Any]) -> Family:
     """The family of a `config.json`. Raises SpecError for remote code and unknown architectures."""
     if "auto_map" in config:
-        raise SpecError("model", "config.json names remote code (`auto_map`); Quantry runs only models that transformers ships")
+        raise SpecError(
+            "model",
+            "config.json names remote code (`auto_map`); Quantry runs only models that transformers ships",
+        )
     model_type = config.get("model_type")
     if model_type not in FAMILIES:
-        raise SpecError("model", f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}")
+        raise SpecError(
+            "model", f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
+        )
     family = FAMILIES[model_type]
     wanted = config.get("architectures")
     if wanted and family.architecture not in wanted:
-        raise SpecError("model", f"a {wanted[0]} has no language-model head; Quantry needs a {family.architecture}")
+        raise SpecError(
+            "model", f"a {wanted[0]} has no language-model head; Quantry needs a {family.architecture}"
+        )
     return family
 
 
@@ -142,7 +168,9 @@ def bias_slots(family: Family, config: Mapping[str, Any]) -> dict[str, bool]:
 
 def rehome_target(family: Family, config: Mapping[str, Any]) -> Family | None:
     """The family that computes the same with bias slots on every layer, or None where that is not exact."""
-    unset = 4096 if family.model_type == "mistral" else None  # transformers' default for a config without the key
+    unset = (
+        4096 if family.model_type == "mistral" else None
+    )  # transformers' default for a config without the key
     sliding = bool(config.get("sliding_window", unset)) and config.get("use_sliding_window", True)
     return FAMILIES[family.rehome] if family.rehome and not sliding else None
 

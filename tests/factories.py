@@ -34,8 +34,21 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", **_LLAMA, "head_dim": 16},
     "gemma": {"model_type": "gemma", **_LLAMA, "head_dim": 16, "pad_token_id": 0},
     "gemma2": {"model_type": "gemma2", **_LLAMA, "head_dim": 16, "pad_token_id": 0, "sliding_window": 16},
-    "gemma3_text": {"model_type": "gemma3_text", **_LLAMA, "head_dim": 16, "pad_token_id": 0, "sliding_window": 16},
-    "gpt2": {"model_type": "gpt2", "vocab_size": 67, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "gemma3_text": {
+        "model_type": "gemma3_text",
+        **_LLAMA,
+        "head_dim": 16,
+        "pad_token_id": 0,
+        "sliding_window": 16,
+    },
+    "gpt2": {
+        "model_type": "gpt2",
+        "vocab_size": 67,
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "n_positions": 64,
+    },
     "gpt_neox": {"model_type": "gpt_neox", **_SMALL, "num_attention_heads": 4, "max_position_embeddings": 64},
 }
 
@@ -48,7 +61,9 @@ def write_checkpoint(folder: Path, name: str, *, dtype: torch.dtype = torch.floa
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for parameter in model.parameters():
         noise = torch.randn_like(parameter) * 0.1
-        parameter.data = parameter.data + noise if parameter.dim() == 1 else noise * (5 if parameter.shape[0] == 67 else 1)
+        parameter.data = (
+            parameter.data + noise if parameter.dim() == 1 else noise * (5 if parameter.shape[0] == 67 else 1)
+        )
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder

@@ -35,7 +35,11 @@ class BlockQuantizer:
     """The recipe of a job, applied to one block after the other. positions: tokens of a calibration window."""
 
     def __init__(
-        self, model: CausalLM, step: RtnStep | GptqStep, compensation: BiasCompensationStep | None, positions: int
+        self,
+        model: CausalLM,
+        step: RtnStep | GptqStep,
+        compensation: BiasCompensationStep | None,
+        positions: int,
     ) -> None:
         self.model, self.step, self.compensation, self.positions = model, step, compensation, positions
 
@@ -98,7 +102,9 @@ class BlockQuantizer:
         columns = max(self.model.columns(f"{family.blocks}.{index}.{name}") for name in stops)
         pairs = ((block.module, given), (original, floating))
         first, second = (
-            passage(module, [module.get_submodule(n) for n in stops], stream, index, columns) if stream else None
+            passage(module, [module.get_submodule(n) for n in stops], stream, index, columns)
+            if stream
+            else None
             for module, stream in pairs
         )
         return first, second
@@ -114,7 +120,11 @@ class BlockQuantizer:
         cross = isinstance(self.step, GptqStep) and self.step.target == "asymmetric"
         positions = self.positions if self._per_position else None
         statistics = InputStatistics.zeros(
-            columns, hessian=needs_statistics(self.step), cross=cross, positions=positions, device=self.model.device
+            columns,
+            hessian=needs_statistics(self.step),
+            cross=cross,
+            positions=positions,
+            device=self.model.device,
         )
         floats = repeat(None) if floating is None else floating.inputs()
         for x_q, x_f in zip(given.inputs(), floats, strict=False):
@@ -165,7 +175,9 @@ class BlockQuantizer:
             block.layers[name] = replace(layer, position_bias=total)
         else:
             merged = bias if layer.bias is None else layer.bias + bias
-            block.layers[name] = replace(layer, bias=merged, added_bias=layer.added_bias or layer.bias is None)
+            block.layers[name] = replace(
+                layer, bias=merged, added_bias=layer.added_bias or layer.bias is None
+            )
         added = bias.mean(0) if bias.ndim == 2 else bias
         block.added[name] = block.added.get(name, torch.zeros_like(added)) + added
         install(block.module, name, block.layers[name])
@@ -180,7 +192,9 @@ class BlockQuantizer:
             if layer is None:
                 continue
             call = floating.calls[where.stop - where.start][index]
-            error = (out.float() - run_block(block.module, states, call).float()).sum(axes, dtype=torch.float64)
+            error = (out.float() - run_block(block.module, states, call).float()).sum(
+                axes, dtype=torch.float64
+            )
             total = error if total is None else total + error
         if layer is not None and total is not None:
             count = len(floating.hidden) if self._per_position else floating.tokens.numel()
@@ -192,7 +206,9 @@ def install(module: nn.Module, name: str, layer: QuantizedLayer) -> None:
     linear = module.get_submodule(name)
     assert isinstance(linear.weight, Tensor)
     weight = layer.weight.dequantize()
-    linear.weight.copy_(weight if linear.weight.shape == weight.shape and not _is_conv1d(linear) else weight.T)
+    linear.weight.copy_(
+        weight if linear.weight.shape == weight.shape and not _is_conv1d(linear) else weight.T
+    )
     if layer.bias is not None:
         bias = layer.bias.to(linear.weight.dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)

@@ -98,7 +98,9 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         size=report.size,
         warnings=report.warnings,
     )
-    manifest = write_manifest(workspace.artifact, format=job.plan.format, job=workspace.job, known=written.files)
+    manifest = write_manifest(
+        workspace.artifact, format=job.plan.format, job=workspace.job, known=written.files
+    )
     progress.advance(3, 3, "done")
     missed = _gate(spec, report.quality)
     if missed:
@@ -124,7 +126,9 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared
     for text in warnings:
         progress.event("warning", {"message": text})
     fingerprint = _fingerprint(planned.spec, folder, model, calibration, evaluation)
-    return Prepared(planned.spec, planned, folder, model, calibration, evaluation, name, fingerprint, warnings)
+    return Prepared(
+        planned.spec, planned, folder, model, calibration, evaluation, name, fingerprint, warnings
+    )
 
 
 def _windows(
@@ -163,7 +167,9 @@ def _windows(
 def _check_vocabulary(largest: int, model: CausalLM) -> None:
     size = model.model.get_input_embeddings().num_embeddings
     if largest >= size:
-        raise DatasetError(f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together")
+        raise DatasetError(
+            f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together"
+        )
 
 
 def _device(spec: JobSpec, workspace: Workspace) -> torch.device:
@@ -177,7 +183,9 @@ def compute_dtype(spec: JobSpec, planned: Plan, device: torch.device) -> torch.d
     """The dtype of the forwards: as asked, or bfloat16 where the processor multiplies it natively."""
     if spec.compute_dtype != "auto":
         return torch.bfloat16 if spec.compute_dtype == "bfloat16" else torch.float32
-    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    native = (
+        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    )
     return torch.bfloat16 if native and planned.parameters >= SMALL_MODEL else torch.float32
 
 
@@ -223,7 +231,9 @@ def _verify(job: Prepared, sweep: BlockSweep, workspace: Workspace) -> dict[str,
     reference = BlockSweep(exact, job.spec, sweep.store, sweep.progress, None, None).reference_logits(tokens)
     with tempfile.TemporaryDirectory(dir=workspace.artifact.parent) as folder:
         path = Path(folder) / "reference.safetensors"
-        safetensors.torch.save_file({"input_ids": tokens.contiguous(), "logits": reference.contiguous()}, path)
+        safetensors.torch.save_file(
+            {"input_ids": tokens.contiguous(), "logits": reference.contiguous()}, path
+        )
         return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
 
 
@@ -236,7 +246,11 @@ def _report(
     began: tuple[float, float],
 ) -> Report:
     blocks = job.plan.family.blocks
-    ladder = [f"{layer.name}: damping raised to {layer.damping:g}" for layer in result.layers if _raised(job, layer.damping)]
+    ladder = [
+        f"{layer.name}: damping raised to {layer.damping:g}"
+        for layer in result.layers
+        if _raised(job, layer.damping)
+    ]
     return Report(
         job=workspace.job,
         spec=job.spec,

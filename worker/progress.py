@@ -42,4 +42,6 @@ class Progress:
 
     def _send(self, done: int, total: int, eta: float | None) -> None:
         state, stage = self._state.value, self._stage
-        self.message({"type": "stage", "state": state, "stage": stage, "done": done, "total": total, "eta_s": eta})
+        self.message(
+            {"type": "stage", "state": state, "stage": stage, "done": done, "total": total, "eta_s": eta}
+        )

@@ -36,7 +36,12 @@ def _gptq(weights: list[Tensor], statistics: InputStatistics | None, step: GptqS
 
 
 def _unstack(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
-    parts = zip(weight.codes.split(rows), weight.scale.split(rows), weight.zero_point.split(rows), strict=True)
+    parts = zip(
+        torch.split(weight.codes, rows),
+        torch.split(weight.scale, rows),
+        torch.split(weight.zero_point, rows),
+        strict=True,
+    )
     return [QuantizedWeight(c, s, z, weight.bits, weight.group_size, weight.symmetric) for c, s, z in parts]
 
 

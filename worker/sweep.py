@@ -185,7 +185,12 @@ class BlockSweep:
         return module
 
     def _layer_reports(
-        self, index: int, original: nn.Module, block: QuantizedBlock, nearest: nn.Module | None, streams: _Streams
+        self,
+        index: int,
+        original: nn.Module,
+        block: QuantizedBlock,
+        nearest: nn.Module | None,
+        streams: _Streams,
     ) -> tuple[LayerReport, ...]:
         """Every layer's output error on held-out windows where there are some, else on calibration windows."""
         errors = layer_errors(self.model, index, original, block, nearest, streams.evaluation)
@@ -193,7 +198,9 @@ class BlockSweep:
         return tuple(_layer_report(f"{prefix}.{name}", name, block, errors) for name in block.layers)
 
 
-def _layer_report(full: str, name: str, block: QuantizedBlock, errors: dict[str, dict[str, ErrorSum]]) -> LayerReport:
+def _layer_report(
+    full: str, name: str, block: QuantizedBlock, errors: dict[str, dict[str, ErrorSum]]
+) -> LayerReport:
     weight = block.layers[name].weight
     ours, nearest = errors["quantized"].get(name), errors["rtn"].get(name)
     added = block.added.get(name)

@@ -5,16 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from pydantic import Field
+
 from quantry.contract import JobSpec, Model
 
 
 class Workspace(Model):
     """Folders and limits of one attempt.
 
-    job: the id that the manifest names. artifact: an empty folder for this attempt's files. checkpoints: kept between the attempts of a job,
-    so that a later attempt resumes. cache: content-addressed downloads, shared by all jobs.
-    model_roots: the only folders that the `local` source may read. uploads: dataset id -> file.
-    hub_url: the model hub to ask, None for the public one.
+    job: the id that the manifest names. artifact: an empty folder for this attempt's files.
+    checkpoints: kept between the attempts of a job, so that a later attempt resumes. cache:
+    content-addressed downloads, shared by all jobs. model_roots: the only folders that the `local` source
+    may read. uploads: dataset id -> file. hub_url: the model hub to ask, None for the public one.
     """
 
     job: str | None = None
@@ -22,7 +24,7 @@ class Workspace(Model):
     checkpoints: Path
     cache: Path
     model_roots: tuple[Path, ...] = ()
-    uploads: dict[str, Path] = {}
+    uploads: dict[str, Path] = Field({})
     hub_url: str | None = None
     offline: bool = False
     device: Literal["cpu", "cuda"] = "cpu"

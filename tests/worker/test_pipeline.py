@@ -93,7 +93,9 @@ def test_a_job_ends_in_a_folder_that_proves_itself(
     assert Manifest.model_validate_json((folder / "manifest.json").read_text()) == outcome.manifest
     assert {f.path for f in outcome.manifest.files} | {"manifest.json"} == {f.name for f in folder.iterdir()}
     assert json.loads((folder / "report.json").read_text())["fingerprint"] == report.fingerprint
-    assert len(report.layers) == 2 * len(FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]].linears)
+    assert len(report.layers) == 2 * len(
+        FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]].linears
+    )
 
 
 def test_the_bytes_are_the_same_after_a_resume(workspace: Workspace, tmp_path: Path) -> None:
@@ -141,11 +143,21 @@ def test_evaluating_on_the_calibration_text_is_refused_unless_allowed(workspace:
         ({"group_size": 24}, RecipeError, r"24 does not divide the 32 columns of .*; 16, 8 would divide"),
         ({"bits": 4, "format": "gguf", "group_size": 32}, RecipeError, "48 columns"),
         (
-            {"calibration": {"dataset": {"source": "local", "id": "text.txt"}, "samples": 8000, "sequence_length": 64}},
+            {
+                "calibration": {
+                    "dataset": {"source": "local", "id": "text.txt"},
+                    "samples": 8000,
+                    "sequence_length": 64,
+                }
+            },
             DatasetError,
             "8000 were asked for",
         ),
-        ({"calibration": {"sequence_length": 65}}, RecipeError, "65 tokens are more than the model's context of 64"),
+        (
+            {"calibration": {"sequence_length": 65}},
+            RecipeError,
+            "65 tokens are more than the model's context of 64",
+        ),
         ({"device": "cuda"}, DeviceError, "no CUDA device"),
     ],
 )
@@ -206,6 +218,7 @@ def test_a_full_disk_is_said_and_nothing_is_left(workspace: Workspace, tmp_path:
 
 
 def test_the_worker_imports_nothing_of_the_servers() -> None:
-    code = "import sys, worker.pipeline; print([m for m in sys.modules if m.split('.')[0] in ('fastapi', 'celery', 'sqlalchemy')])"
+    servers = "('fastapi', 'celery', 'sqlalchemy')"
+    code = f"import sys, worker.pipeline; print([m for m in sys.modules if m.split('.')[0] in {servers}])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip().splitlines()[-1] == "[]"

@@ -8,7 +8,7 @@ import factories
 import pytest
 import torch
 from torch import nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef, RtnStep, Step
@@ -63,7 +63,7 @@ def stock_perplexity(folder: Path, run: BlockSweep) -> float:
         if layer.bias is not None:
             linear.bias = nn.Parameter(layer.bias)
     logits = model(input_ids=windows(2), use_cache=False).logits[:, :-1].flatten(0, 1)
-    return float(F.cross_entropy(logits, windows(2)[:, 1:].flatten()).exp())
+    return float(cross_entropy(logits, windows(2)[:, 1:].flatten()).exp())
 
 
 @pytest.mark.parametrize("name", factories.ARCHITECTURES)
@@ -150,7 +150,9 @@ def test_every_mode_of_compensation_runs(name: str, granularity: str, targets: s
 
 def test_plain_gptq_and_all_at_once_run(tmp_path: Path) -> None:
     folder = factories.write_checkpoint(tmp_path / "model", "llama")
-    classic = GptqStep(bits=3, target="plain", clip="none", act_order="none", true_sequential=False, refinement=0)
+    classic = GptqStep(
+        bits=3, target="plain", clip="none", act_order="none", true_sequential=False, refinement=0
+    )
     one, _ = sweep(folder, tmp_path / "classic", classic)
     sequential = classic.model_copy(update={"true_sequential": True})
     two, _ = sweep(folder, tmp_path / "sequential", sequential)

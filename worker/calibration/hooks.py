@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from worker.models.causal_lm import BlockCall, run_block
 
 
-class _Reached(Exception):  # noqa: N818 - a signal, not an error
+class _Reached(Exception):
     """The layer that was waited for has its input."""
 
 

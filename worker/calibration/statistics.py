@@ -52,16 +52,21 @@ class InputStatistics:
             add_product(self.cross, (y - x).flatten(0, 1), flat, x_q.dtype)
 
     def mean(self, layer: str) -> InputStatistics:
-        """The same, divided by the number of tokens. Raises CalibrationError for no token, NaN or infinity."""
+        """The same, divided by the number of tokens; the sums are used up.
+
+        Raises: CalibrationError for no token, NonFiniteError for NaN or infinity.
+        """
         if self.tokens == 0:
             raise CalibrationError(f"calibration gave {layer} no token: give more windows")
         diagonal = self.sum_q if self.hessian is None else self.hessian.diagonal()
         if not (torch.isfinite(self.sum_q).all() and torch.isfinite(diagonal).all()):
-            raise NonFiniteError(f"the inputs of {layer} hold NaN or infinity; check the model in full precision")
+            raise NonFiniteError(
+                f"the inputs of {layer} hold NaN or infinity; check the model in full precision"
+            )
         t = self.tokens
         rows = t if self.sum_q.ndim == 1 else t // len(self.sum_q)
-        hessian = None if self.hessian is None else self.hessian / t
-        cross = None if self.cross is None else self.cross / t
+        hessian = None if self.hessian is None else (self.hessian + self.hessian.T).div_(2 * t)
+        cross = None if self.cross is None else self.cross.div_(t)
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
 
 
@@ -74,7 +79,9 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) 
     if dtype == torch.float32:
         total.addmm_(left.T, right)
         return
-    for a, b in zip(left.to(dtype).split(PRODUCT_TOKENS), right.to(dtype).split(PRODUCT_TOKENS), strict=True):
+    for a, b in zip(
+        torch.split(left.to(dtype), PRODUCT_TOKENS), torch.split(right.to(dtype), PRODUCT_TOKENS), strict=True
+    ):
         if total.device.type == "cuda":
             total += torch.mm(a.T, b, out_dtype=torch.float32)
         else:

@@ -51,7 +51,11 @@ class BlockStore:
         facts: dict[str, dict[str, int | bool | None]] = {}
         for name, layer in block.layers.items():
             weight = layer.weight
-            tensors |= {f"{name}.codes": weight.codes, f"{name}.scale": weight.scale, f"{name}.zero": weight.zero_point}
+            tensors |= {
+                f"{name}.codes": weight.codes,
+                f"{name}.scale": weight.scale,
+                f"{name}.zero": weight.zero_point,
+            }
             if layer.bias is not None:
                 tensors[f"{name}.bias"] = layer.bias
             if layer.position_bias is not None:
@@ -76,7 +80,9 @@ class BlockStore:
     def load(self, index: int, device: torch.device) -> FinishedBlock:
         with safe_open(self._path(index), framework="pt", device=str(device)) as file:
             metadata = file.metadata()
-            layers = {name: _layer(file, name, facts) for name, facts in json.loads(metadata["layers"]).items()}
+            layers = {
+                name: _layer(file, name, facts) for name, facts in json.loads(metadata["layers"]).items()
+            }
         reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
         return FinishedBlock(layers, reports, BlockReport.model_validate_json(metadata["report"]))
 
@@ -92,8 +98,17 @@ class BlockStore:
 
 def _layer(file: Any, name: str, facts: dict[str, int]) -> QuantizedLayer:
     keys = set(file.keys())
-    read = {k: file.get_tensor(f"{name}.{k}") for k in ("codes", "scale", "zero", "bias", "position_bias") if f"{name}.{k}" in keys}
+    read = {
+        k: file.get_tensor(f"{name}.{k}")
+        for k in ("codes", "scale", "zero", "bias", "position_bias")
+        if f"{name}.{k}" in keys
+    }
     weight = QuantizedWeight(
-        read["codes"], read["scale"], read["zero"], facts["bits"], facts["group_size"], bool(facts["symmetric"])
+        read["codes"],
+        read["scale"],
+        read["zero"],
+        facts["bits"],
+        facts["group_size"],
+        bool(facts["symmetric"]),
     )
     return QuantizedLayer(weight, read.get("bias"), bool(facts["added_bias"]), read.get("position_bias"))

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.functional import cross_entropy
 
 from worker.errors import NonFiniteError
 from worker.models.causal_lm import BlockCall, CausalLM, run_block
 
-BATCH_TOKENS = 4096  # windows that run together hold about this many tokens
+BATCH_TOKENS = 2048  # windows that run together hold about this many tokens
 HEAD_TOKENS = 256  # positions whose logits exist at once
 
 
@@ -73,7 +73,7 @@ def perplexity(model: CausalLM, stream: Stream) -> float:
             high = min(low + HEAD_TOKENS, len(window) - 1)
             logits = model.head(window[None, low:high], states[None, low:high])[0].float()
             targets = window[low + 1 : high + 1].to(logits.device)
-            total += float(F.cross_entropy(logits, targets, reduction="sum"))
+            total += float(cross_entropy(logits, targets, reduction="sum"))
             count += high - low
     if not math.isfinite(total):
         raise NonFiniteError("the model's log-likelihood is NaN or infinite")
@@ -85,7 +85,9 @@ def difference(stream: Stream, reference: Stream) -> tuple[float, float]:
     """Relative mean squared difference of two streams, and the rms over channels of their mean difference."""
     squared = power = 0.0
     mean = torch.zeros(stream.hidden.shape[-1], dtype=torch.float64, device=stream.hidden.device)
-    for a, b in zip(stream.hidden.split(stream.batch), reference.hidden.split(stream.batch), strict=True):
+    for a, b in zip(
+        torch.split(stream.hidden, stream.batch), torch.split(reference.hidden, stream.batch), strict=True
+    ):
         error = a.float() - b.float()
         squared += float(error.square().sum(dtype=torch.float64))
         power += float(b.float().square().sum(dtype=torch.float64))

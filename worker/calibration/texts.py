@@ -72,12 +72,14 @@ def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
     if kind in (".jsonl", ".ndjson"):
         return Text(path.name, tuple(_jsonl(content, ref.field, path.name)))
     if ref.separator is not None:
-        return Text(path.name, tuple(d for d in map(str.strip, content.split(ref.separator)) if d), separate=True)
+        return Text(
+            path.name, tuple(d for d in map(str.strip, content.split(ref.separator)) if d), separate=True
+        )
     return Text(path.name, (content,))
 
 
 def _parquet(path: Path, field: str) -> list[str]:
-    table = pq.read_table(path, columns=[field])  # type: ignore[no-untyped-call]
+    table = pq.read_table(path, columns=[field])
     return [str(value) for value in table[field].to_pylist() if value]
 
 
@@ -126,7 +128,9 @@ def cut_windows(tokens: np.ndarray[Any, Any], length: int) -> Tensor:
     return torch.from_numpy(tokens[: count * length].reshape(count, length).copy())
 
 
-def calibration_windows(tokens: np.ndarray[Any, Any], *, samples: int, length: int, seed: int, name: str) -> Tensor:
+def calibration_windows(
+    tokens: np.ndarray[Any, Any], *, samples: int, length: int, seed: int, name: str
+) -> Tensor:
     """`samples` of the text's windows, drawn without replacement, in the order of the text.
 
     Raises: DatasetError if the text is too short.

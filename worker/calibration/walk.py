@@ -13,7 +13,6 @@ from typing import Protocol
 
 import psutil
 import torch
-
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -21,7 +20,6 @@ from torch.utils.hooks import RemovableHandle
 from worker.calibration.hooks import layer_input
 from worker.calibration.streams import Stream
 from worker.models.causal_lm import BlockCall, run_block
-
 
 WALK_SHARE = 4  # a walk may take this part of the free memory
 
@@ -42,7 +40,9 @@ class Passage(Protocol):
         """Leave the block without finishing."""
 
 
-def passage(block: nn.Module, layers: Sequence[nn.Module], stream: Stream, index: int, columns: int) -> Passage:
+def passage(
+    block: nn.Module, layers: Sequence[nn.Module], stream: Stream, index: int, columns: int
+) -> Passage:
     """A walk if the memory is there, else reruns. columns: of the widest layer; layers: where to stop."""
     needed = stream.tokens.numel() * (stream.hidden.shape[-1] * 4 + columns) * stream.hidden.element_size()
     device = stream.hidden.device

@@ -31,8 +31,8 @@ LEAF = 16  # columns swept one by one before a matrix product takes over
 class Factor:
     """The damped Hessian of a group of layers, factored once.
 
-    hessian: H + lambda I, (n, n), in the order of the sweep. inverse_root: U, upper triangular, with
-    (H + lambda I)^-1 = U^T U, in that order. order: sweep position -> column. damping: the share used.
+    hessian: H + lambda I, (n, n). order: sweep position -> column. inverse_root: U, upper triangular, with
+    (H + lambda I)^-1 = U^T U, in the order of the sweep. damping: the share of the mean diagonal used.
     """
 
     hessian: Tensor
@@ -40,42 +40,46 @@ class Factor:
     order: Tensor
     damping: float
 
-    def natural_hessian(self) -> Tensor:
-        """H + lambda I in the order of the columns."""
-        position = torch.argsort(self.order)
-        return self.hessian[position][:, position]
-
 
 def factorize(hessian: Tensor, *, damping: float, act_order: bool) -> Factor:
-    """Damp, order and factor H (n, n) float32.
+    """Damp, order and factor H (n, n) float32, symmetric.
 
     Raises: CalibrationError if no damping of the ladder makes it positive definite.
     """
-    n = len(hessian)
-    diagonal = hessian.diagonal()
-    order = torch.argsort(diagonal, descending=True, stable=True) if act_order else torch.arange(n, device=hessian.device)
-    ordered = (hessian + hessian.T)[order][:, order] / 2
+    damped = hessian.clone()
+    diagonal = damped.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
-    ordered.diagonal()[ordered.diagonal() == 0] = mean  # a dead input: any rounding will do
+    diagonal[diagonal == 0] = mean  # a dead input: any rounding will do
+    order = torch.arange(len(damped), device=damped.device)
+    if act_order:
+        order = torch.argsort(diagonal, descending=True, stable=True)
+    used = 0.0
     for factor in LADDER:
-        damped = ordered.clone()
-        damped.diagonal().add_(factor * damping * mean)
-        root = _inverse_root(damped)
+        diagonal.add_((factor * damping - used) * mean)
+        used = factor * damping
+        root = _inverse_root(damped, order)
         if root is not None:
-            return Factor(damped, root, order, factor * damping)
+            return Factor(damped, root, order, used)
     raise CalibrationError(
-        f"the Hessian of {n} inputs is not positive definite even with damping {LADDER[-1] * damping:g}: "
+        f"the Hessian of {len(damped)} inputs is not positive definite even with damping {used:g}: "
         "give more or more varied calibration text"
     )
 
 
-def _inverse_root(h: Tensor) -> Tensor | None:
-    """U with h^-1 = U^T U. With J the reversal, J h J = L L^T gives h = (J L J)(J L J)^T, so U = (J L J)^-1."""
-    lower, info = torch.linalg.cholesky_ex(h.flip(0, 1))
+def _inverse_root(h: Tensor, order: Tensor) -> Tensor | None:
+    """U upper triangular with h^-1 = U^T U, for h in the given order; None if h is not positive definite.
+
+    With J the reversal, J h J = L L^T gives h = (J L J)(J L J)^T, so U = (J L J)^-1.
+    """
+    reverse = order.flip(0)
+    lower, info = torch.linalg.cholesky_ex(h[reverse.unsqueeze(1), reverse])
     if int(info) != 0 or not torch.isfinite(lower.diagonal()).all():
         return None
-    eye = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    return torch.linalg.solve_triangular(lower.flip(0, 1).contiguous(), eye, upper=True)
+    root = lower.flip(0, 1)
+    del lower
+    inverse = torch.eye(len(h), dtype=h.dtype, device=h.device)
+    torch.linalg.solve_triangular(root, inverse, upper=True, out=inverse)
+    return inverse
 
 
 def shifted_target(w: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
@@ -103,20 +107,26 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
     Layers that share their input may be stacked along `out`: rows do not interact.
     """
     assert statistics.hessian is not None
-    factor = factor or factorize(statistics.hessian, damping=step.damping, act_order=step.act_order == "static")
+    factor = factor or factorize(
+        statistics.hessian, damping=step.damping, act_order=step.act_order == "static"
+    )
     target = w
     if step.target == "asymmetric" and statistics.cross is not None:
         target = shifted_target(w, statistics.cross, factor, step.target_strength)
     grid = _fit_grid(target, statistics.hessian.diagonal(), step)
     columns = Columns.of(grid, step.group_size, w.shape[1])
     codes = torch.empty(w.shape[1], w.shape[0], device=w.device)
-    codes[factor.order] = sweep(target.T[factor.order].contiguous(), factor.inverse_root, columns.permuted(factor.order))
+    codes[factor.order] = sweep(
+        target.T[factor.order].contiguous(), factor.inverse_root, columns.permuted(factor.order)
+    )
     if step.refinement:
-        wanted, hessian = target.T.contiguous(), factor.natural_hessian()
+        wanted = target.T.contiguous()
         for _ in range(step.refinement):
-            columns = descend(wanted, codes, hessian, columns)
+            columns = descend(wanted, codes, factor.hessian, columns)
     grid = columns.grid(grid)
-    return GptqResult(on_grid(codes.T.to(torch.uint8).contiguous(), grid, step.group_size), factor.damping, target)
+    return GptqResult(
+        on_grid(codes.T.to(torch.uint8).contiguous(), grid, step.group_size), factor.damping, target
+    )
 
 
 def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
@@ -199,7 +209,14 @@ def descend(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns, le
             part = slice(low + start, min(low + start + leaf, high))
             before = delta[part].clone()
             _descend_columns(
-                target[part], codes[part], hessian[part, part], gradient[start : start + leaf], delta[part], s, z, columns.top
+                target[part],
+                codes[part],
+                hessian[part, part],
+                gradient[start : start + leaf],
+                delta[part],
+                s,
+                z,
+                columns.top,
             )
             if part.stop < high:
                 gradient[start + leaf :].addmm_(hessian[part.stop : high, part], delta[part] - before)

@@ -6,7 +6,6 @@ Clip search as in GPTQ's `mse` option (Frantar et al. 2022), with the error of c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -56,7 +55,9 @@ def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:
     return Grid(scale, (-low / scale).round().clamp(0, 2**bits - 1), bits, False)
 
 
-def clipped_grid(w: Tensor, bits: int, *, symmetric: bool, weight: Tensor | None = None, steps: int = 24) -> Grid:
+def clipped_grid(
+    w: Tensor, bits: int, *, symmetric: bool, weight: Tensor | None = None, steps: int = 24
+) -> Grid:
     """The grid of least squared error among shrunk ranges, per row and group.
 
     Args:
@@ -65,8 +66,10 @@ def clipped_grid(w: Tensor, bits: int, *, symmetric: bool, weight: Tensor | None
         steps: ranges tried, from the whole range down to the least that pays at this bit-width.
     """
     rows = max(1, CHUNK // w[0].numel())
-    parts = [_search(part, bits, symmetric, weight, steps) for part in w.split(rows)]
-    return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts]), bits, symmetric)
+    parts = [_search(part, bits, symmetric, weight, steps) for part in torch.split(w, rows)]
+    return Grid(
+        torch.cat([p.scale for p in parts]), torch.cat([p.zero_point for p in parts]), bits, symmetric
+    )
 
 
 _LEAST = {2: 0.3, 3: 0.45, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}

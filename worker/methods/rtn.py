@@ -19,7 +19,7 @@ def rtn(w: Tensor, step: RtnStep) -> QuantizedWeight:
 
 def by_group(w: Tensor, group_size: int | None) -> Tensor:
     """w (out, in) as (out, groups, columns of a group)."""
-    return w.unflatten(1, (-1, group_size or w.shape[1]))
+    return w.view(len(w), -1, group_size or w.shape[1])
 
 
 def on_grid(codes: Tensor, grid: Grid, group_size: int | None) -> QuantizedWeight:

@@ -7,7 +7,7 @@ when the sweep visits it and freed after, so that the device holds one block and
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -56,6 +56,7 @@ class CausalLM:
         with torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
         self.model.eval().requires_grad_(False)
+        self._as_stored = True
         self._check_names()
         self._load_skeleton()
 
@@ -78,7 +79,8 @@ class CausalLM:
         """The token that the model expects before a document: the config's bos, else its eos."""
         config = self.config
         token = config.bos_token_id if config.bos_token_id is not None else config.eos_token_id
-        return token[0] if isinstance(token, list) else token
+        first: int | None = token[0] if isinstance(token, list) else token
+        return first
 
     def block(self, index: int) -> nn.Module:
         """Block `index` in full precision, its own copy, in the forward's dtype."""
@@ -113,7 +115,8 @@ class CausalLM:
     def head(self, tokens: Tensor, hidden: Tensor) -> Tensor:
         """The logits (batch, length, vocabulary) for what leaves the last block, (batch, length, width)."""
         with self._stubs(hidden):
-            return self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+            logits: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        return logits
 
     @property
     def _halved(self) -> list[str]:
@@ -122,7 +125,11 @@ class CausalLM:
 
     def kept(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor that is not a quantized layer's, `(canonical name, tensor)`, as the artifact stores it."""
-        quantized = {f"{self.family.blocks}.{i}.{name}" for i in range(len(self.blocks)) for name in self.family.linears}
+        quantized = {
+            f"{self.family.blocks}.{i}.{name}"
+            for i in range(len(self.blocks))
+            for name in self.family.linears
+        }
         tied = self._tied
         for name in self.tensors:
             if name.rpartition(".")[0] not in quantized and name not in tied:
@@ -130,15 +137,26 @@ class CausalLM:
 
     def use_kept(self, *, as_stored: bool) -> None:
         """Embeddings and head as the artifact stores them (what a new model has), or as the checkpoint does."""
+        if as_stored == self._as_stored:
+            return
+        self._as_stored = as_stored
         for name in self._halved:
             if name not in self._tied:
-                tensor = self._stored(name) if as_stored else self.tensors.load(name)
-                self.model.get_parameter(name).data.copy_(tensor)
+                self._copy(name, self.model.get_parameter(name).data)
+
+    def _copy(self, name: str, into: Tensor) -> None:
+        """A tensor of the checkpoint into a parameter. Raises NonFiniteError if its stored form overflows."""
+        halve = self._as_stored and is_halved(name, self.tensors.infos[name].dtype)
+        self.tensors.copy(name, into, through=torch.float16 if halve else None)
+        if halve and not torch.isfinite(into.sum(dtype=torch.float32)):
+            raise NonFiniteError(
+                f"{name} holds NaN, infinity or values beyond float16, in which it is stored"
+            )
 
     def _load_skeleton(self) -> None:
         blocks = {id(module) for block in self.blocks for module in block.modules()}
         outside = [(n, m) for n, m in self.model.named_modules() if id(m) not in blocks]
-        self._fill(outside, "", self._stored)
+        self._fill(outside, "")
         self.model.tie_weights()
 
     @property
@@ -148,12 +166,7 @@ class CausalLM:
 
     def _stored(self, name: str) -> Tensor:
         tensor = self.tensors.load(name)
-        if not is_halved(name, self.tensors.infos[name].dtype):
-            return tensor
-        half = tensor.half()
-        if not torch.isfinite(half).all():
-            raise NonFiniteError(f"{name} holds NaN, infinity or values beyond float16, in which it is stored")
-        return half
+        return tensor.half() if is_halved(name, self.tensors.infos[name].dtype) else tensor
 
     @contextmanager
     def _stubs(self, first: Tensor | None) -> Iterator[_Recorded]:
@@ -182,30 +195,38 @@ class CausalLM:
             raise ModelError(f"{self.folder.name}: tensor `{missing[0]}` is missing ({len(missing)} in all)")
         for name, shape in expected.items():
             if name in self.tensors and self.tensors.shape(name) != shape:
-                raise ModelError(f"{self.folder.name}: `{name}` has shape {self.tensors.shape(name)}, the config says {shape}")
+                raise ModelError(
+                    f"{self.folder.name}: `{name}` has shape {self.tensors.shape(name)}, the config says {shape}"
+                )
         unknown = [n for n in self.tensors if n not in expected]
         if unknown:
-            raise ModelError(f"{self.folder.name}: tensor `{unknown[0]}` belongs to no layer of the architecture")
+            raise ModelError(
+                f"{self.folder.name}: tensor `{unknown[0]}` belongs to no layer of the architecture"
+            )
 
     def _materialise(self, block: nn.Module, prefix: str) -> None:
-        self._fill(list(block.named_modules()), prefix, self.tensors.load)
+        self._fill(list(block.named_modules()), prefix)
         for name, parameter in block.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{prefix}.{name} holds NaN or infinity: the checkpoint is damaged")
 
-    def _fill(self, modules: list[tuple[str, nn.Module]], prefix: str, load: Callable[[str], Tensor]) -> None:
+    def _fill(self, modules: list[tuple[str, nn.Module]], prefix: str) -> None:
         """Give modules on the meta device their memory, computed buffers and checkpoint tensors."""
         for path, module in modules:
             module.to_empty(device=self.device, recurse=False)
             if module._non_persistent_buffers_set:
                 self.model._init_weights(module)  # transformers fills computed buffers here
-            for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            for name, tensor in [
+                *module.named_parameters(recurse=False),
+                *module.named_buffers(recurse=False),
+            ]:
                 key = ".".join(part for part in (prefix, path, name) if part)
                 if key in self.tensors:
-                    tensor.data.copy_(load(key))
+                    self._copy(key, tensor.data)
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
     """The block's output hidden states, whatever else it returns."""
     out = block(hidden, *call.args, **call.kwargs)
-    return out[0] if isinstance(out, tuple) else out
+    states: Tensor = out[0] if isinstance(out, tuple) else out
+    return states

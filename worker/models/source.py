@@ -74,7 +74,9 @@ def check_folder(folder: Path) -> dict[str, Any]:
         hint = f"; {pickles[0]} is a pickle or code and is refused" if pickles else ""
         raise ModelError(f"{folder.name} has no safetensors weights{hint}")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(f"{folder.name} has no tokenizer (tokenizer.json): perplexity and calibration need it")
+        raise ModelError(
+            f"{folder.name} has no tokenizer (tokenizer.json): perplexity and calibration need it"
+        )
     shard_files(folder)
     return config
 
@@ -93,12 +95,17 @@ def _download(ref: ModelRef, workspace: Workspace) -> Path:
                 token=False,
             )
         )
-    except Exception as error:  # noqa: BLE001 - sorted into kinds below, the rest re-raised
+    except Exception as error:
         raise _hub_error(error, ref.id, ref.revision, workspace.offline) from error
 
 
 def hub_file(
-    repo: str, file: str, revision: str | None, workspace: Workspace, *, repo_type: Literal["dataset", "model"]
+    repo: str,
+    file: str,
+    revision: str | None,
+    workspace: Workspace,
+    *,
+    repo_type: Literal["dataset", "model"],
 ) -> Path:
     """One file of a hub repository, in the cache."""
     try:
@@ -114,7 +121,7 @@ def hub_file(
                 token=False,
             )
         )
-    except Exception as error:  # noqa: BLE001 - sorted into kinds below, the rest re-raised
+    except Exception as error:
         found = _hub_error(error, f"{repo}/{file}", revision, workspace.offline)
         raise (DatasetError(str(found)) if isinstance(found, ModelNotFound) else found) from error
 

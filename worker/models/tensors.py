@@ -6,12 +6,15 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from quantry.families import Family
 from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 from worker.errors import ModelError
+
+COPY_BYTES = 1 << 24
 
 
 class Checkpoint:
@@ -43,6 +46,17 @@ class Checkpoint:
         with safe_open(file, framework="pt") as shard:
             tensor: Tensor = shard.get_tensor(stored)
         return tensor.clone()
+
+    def copy(self, name: str, into: Tensor, *, through: torch.dtype | None = None) -> None:
+        """Copy a tensor into `into`, a few rows at a time; `through` a dtype that takes some of its digits."""
+        file, stored = self._where[name]
+        shape = self.infos[name].shape
+        rows = max(1, COPY_BYTES // max(1, self.infos[name].nbytes // max(1, shape[0] if shape else 1)))
+        for low in range(0, shape[0] if shape else 1, rows):
+            with safe_open(file, framework="pt") as shard:
+                part = shard.get_slice(stored)[low : low + rows] if shape else shard.get_tensor(stored)
+                target = into[low : low + rows] if shape else into
+                target.copy_(part if through is None else part.to(through))
 
 
 def read_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:

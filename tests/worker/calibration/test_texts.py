@@ -65,8 +65,12 @@ def test_rows_are_documents(kind: str, workspace: Workspace) -> None:
         path.write_text("\n".join(json.dumps({"body": row, "n": 1}) for row in rows))
     else:
         pq.write_table(pa.table({"body": rows, "n": list(range(10))}), path)
-    assert load_text(local(path.name, field="body", split="all"), "calibration", workspace).documents == tuple(rows)
-    with pytest.raises(DatasetError, match=r"t\.(jsonl, line 1: no JSON object with a field|parquet cannot be read)"):
+    assert load_text(
+        local(path.name, field="body", split="all"), "calibration", workspace
+    ).documents == tuple(rows)
+    with pytest.raises(
+        DatasetError, match=r"t\.(jsonl, line 1: no JSON object with a field|parquet cannot be read)"
+    ):
         load_text(local(path.name, field="absent"), "calibration", workspace)
 
 
@@ -87,7 +91,9 @@ def test_uploads_are_found_by_id(workspace: Workspace) -> None:
         ("bad.parquet", b"PAR1garbage", "bad.parquet cannot be read"),
     ],
 )
-def test_malformed_files_are_named(name: str, content: str | bytes, message: str, workspace: Workspace) -> None:
+def test_malformed_files_are_named(
+    name: str, content: str | bytes, message: str, workspace: Workspace
+) -> None:
     write(workspace, name, content)
     with pytest.raises(DatasetError, match=message):
         load_text(local(name), "calibration", workspace)

@@ -1,5 +1,7 @@
 """The invariants of methods/gptq.md, section 9, and of the refinement that follows the sweep."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -46,10 +48,16 @@ def objective(w: Tensor, quantized: QuantizedWeight, hessian: Tensor) -> float:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_a_diagonal_hessian_gives_round_to_nearest(bits: int, group_size: int | None, symmetric: bool) -> None:
+def test_a_diagonal_hessian_gives_round_to_nearest(
+    bits: int, group_size: int | None, symmetric: bool
+) -> None:
     w = weights(12, 48)
-    diagonal = InputStatistics(torch.diag(torch.linspace(0.1, 2, 48)), None, torch.zeros(48), torch.zeros(48), 9)
-    step = GptqStep.model_validate({"bits": bits, "group_size": group_size, "symmetric": symmetric, **CLASSIC})
+    diagonal = InputStatistics(
+        torch.diag(torch.linspace(0.1, 2, 48)), None, torch.zeros(48), torch.zeros(48), 9
+    )
+    step = GptqStep.model_validate(
+        {"bits": bits, "group_size": group_size, "symmetric": symmetric, **CLASSIC}
+    )
 
     swept = gptq(w, diagonal, step).weight
 
@@ -109,7 +117,9 @@ def test_scaling_the_hessian_changes_nothing(scale: float) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 @pytest.mark.parametrize("group_size", [None, 16])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_gptq_beats_rounding_and_refinement_beats_gptq(bits: int, group_size: int | None, symmetric: bool) -> None:
+def test_gptq_beats_rounding_and_refinement_beats_gptq(
+    bits: int, group_size: int | None, symmetric: bool
+) -> None:
     x, w = correlated(600, 64), weights(48, 64)
     seen = statistics(x)
     grid = {"bits": bits, "group_size": group_size, "symmetric": symmetric}
@@ -127,16 +137,17 @@ def test_refinement_never_raises_the_objective() -> None:
     for group_size in (None, 8):
         x, w = correlated(300, 48, seed=3), weights(20, 48, seed=4)
         factor = factorize(statistics(x).hessian, damping=0.01, act_order=True)
-        hessian = factor.natural_hessian()
         grid = minmax_grid(by_group(w, group_size), 3, symmetric=True)
         columns = Columns.of(grid, group_size, 48)
-        codes = (w.T / columns.scale[columns.group_of]).round().add(columns.zero[columns.group_of]).clamp(0, 7)
+        codes = (
+            (w.T / columns.scale[columns.group_of]).round().add(columns.zero[columns.group_of]).clamp(0, 7)
+        )
         errors = []
         for _ in range(5):
             delta = (codes - columns.zero[columns.group_of]) * columns.scale[columns.group_of] - w.T
-            errors.append(float(((hessian @ delta) * delta).sum()))
-            columns = descend(w.T.contiguous(), codes, hessian, columns)
-        assert all(later <= earlier * (1 + 1e-6) for earlier, later in zip(errors, errors[1:], strict=False))
+            errors.append(float(((factor.hessian @ delta) * delta).sum()))
+            columns = descend(w.T.contiguous(), codes, factor.hessian, columns)
+        assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
         assert errors[-1] < 0.8 * errors[0]
 
 
@@ -150,7 +161,9 @@ def test_act_order_of_an_ordered_hessian_is_no_act_order() -> None:
     x = correlated(500, 24)
     seen = statistics(x[:, x.square().sum(0).argsort(descending=True)])
     assert torch.equal(seen.hessian.diagonal().sort(descending=True).values, seen.hessian.diagonal())
-    one, other = (gptq(weights(6, 24), seen, GptqStep(bits=3, act_order=o)).weight for o in ("static", "none"))
+    one, other = (
+        gptq(weights(6, 24), seen, GptqStep(bits=3, act_order=o)).weight for o in ("static", "none")
+    )
     assert torch.equal(one.codes, other.codes)
 
 

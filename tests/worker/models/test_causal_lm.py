@@ -55,10 +55,14 @@ def test_weights_and_biases_are_those_of_the_layers(name: str, tmp_path: Path) -
         assert weight.shape[1] == model.columns(full)
         x = torch.randn(5, model.columns(full))
         expected = block.get_submodule(local)(x)
-        torch.testing.assert_close(x @ weight.T + (0 if bias is None else bias), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            x @ weight.T + (0 if bias is None else bias), expected, atol=1e-5, rtol=1e-4
+        )
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("opt", "model."), ("gpt2", "transformer."), ("llama", "model.")])
+@pytest.mark.parametrize(
+    ("name", "prefix"), [("opt", "model."), ("gpt2", "transformer."), ("llama", "model.")]
+)
 def test_checkpoints_saved_without_the_head_load_too(name: str, prefix: str, tmp_path: Path) -> None:
     folder = factories.write_checkpoint(tmp_path, name, tie_word_embeddings=True)
     expected = logits_block_by_block(adapter(folder), tokens())

@@ -24,7 +24,6 @@ class Server(uvicorn.Server):
 
 def run(app: FastAPI, *, host: str, port: int, sockets: list[socket.socket] | None = None) -> None:
     """Serve until a signal."""
-    import sys; sys.setswitchinterval(0.005)
     gc.collect()
     gc.freeze()  # never garbage from here on: looking through it would stop all requests for 0.2 s
     config = uvicorn.Config(

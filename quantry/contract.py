@@ -131,12 +131,18 @@ class GptqStep(WeightGrid):
     )
     damping: float = Field(0.01, gt=0, le=1, description="added to H, as a share of its mean diagonal")
     true_sequential: bool = Field(True, description="inside a block, later layers see earlier ones quantized")
-    refinement: int = Field(
-        2,
+    refinement: int | None = Field(
+        None,
         ge=0,
         le=16,
-        description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ",
+        description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ; "
+        "null: 2 at 2 bits, else 1",
     )
+
+    @property
+    def passes(self) -> int:
+        """Refinement passes, with the default filled in."""
+        return self.refinement if self.refinement is not None else (2 if self.bits == 2 else 1)
 
 
 class BiasCompensationStep(Model):

@@ -112,7 +112,7 @@ def seconds(plan: Plan, evaluation_tokens: tuple[int, int], rates: Rates) -> tup
 
 def _solve_operations(layer: Layer, step: GptqStep) -> float:
     """The sweep over columns and each refinement pass, and the factorisation of the Hessian."""
-    return 2.0 * layer.rows * layer.columns**2 * (1 + step.refinement) + 2.0 * layer.columns**3
+    return 2.0 * layer.rows * layer.columns**2 * (1 + step.passes) + 2.0 * layer.columns**3
 
 
 def _block_layers(plan: Plan) -> tuple[Layer, ...]:

@@ -10,6 +10,7 @@ from torch import Tensor
 from worker.errors import CalibrationError, NonFiniteError
 
 PRODUCT_TOKENS = 2048
+PANEL = 512  # columns
 
 
 @dataclass
@@ -43,7 +44,11 @@ class InputStatistics:
         self.tokens += x.shape[0] * x.shape[1]
         flat = x.flatten(0, 1)
         if self.hessian is not None:
-            add_product(self.hessian, flat, flat, x_q.dtype)
+            for low in range(0, x.shape[-1], PANEL):  # H is symmetric: its upper triangle will do
+                panel = slice(low, low + PANEL)
+                add_product(
+                    self.hessian[: low + PANEL, panel], flat[:, : low + PANEL], flat[:, panel], x_q.dtype
+                )
         if x_f is None:
             return
         y = x_f.float()
@@ -65,7 +70,9 @@ class InputStatistics:
             )
         t = self.tokens
         rows = t if self.sum_q.ndim == 1 else t // len(self.sum_q)
-        hessian = None if self.hessian is None else (self.hessian + self.hessian.T).div_(2 * t)
+        hessian = None if self.hessian is None else self.hessian.triu_().div_(t)
+        if hessian is not None:
+            hessian = hessian + hessian.triu(1).T
         cross = None if self.cross is None else self.cross.div_(t)
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
 

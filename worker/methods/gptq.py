@@ -119,9 +119,9 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
     codes[factor.order] = sweep(
         target.T[factor.order].contiguous(), factor.inverse_root, columns.permuted(factor.order)
     )
-    if step.refinement:
+    if step.passes:
         wanted = target.T.contiguous()
-        for _ in range(step.refinement):
+        for _ in range(step.passes):
             columns = descend(wanted, codes, factor.hessian, columns)
     grid = columns.grid(grid)
     return GptqResult(

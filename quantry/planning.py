@@ -205,9 +205,9 @@ def _unfit(
         return f"{family.model_type} has no place for the biases that compensation adds"
     if wanted == "gptq":
         for layer in layers:
-            if layer.columns * weights.bits % 32 or layer.rows * weights.bits % 32:
+            if layer.columns % 32 or layer.rows % 32:
                 return (
-                    f"GPTQ packs {weights.bits}-bit codes in words of 32 bits, which do not fit "
+                    f"the GPTQ layout packs 32 rows and columns at a time, which do not fit "
                     f"{layer.name} with {layer.rows} rows and {layer.columns} columns"
                 )
     return None

@@ -9,6 +9,8 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -81,6 +83,34 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         job.evaluation,
     )
     result = sweep.run()
+    with _whole_or_gone(workspace.artifact):
+        report, manifest = _package(job, sweep, result, workspace, progress, began)
+    missed = _gate(spec, report.quality)
+    if missed:
+        return Rejected(report=report, manifest=manifest, detail=missed)
+    return Succeeded(report=report, manifest=manifest)
+
+
+@contextmanager
+def _whole_or_gone(folder: Path) -> Iterator[None]:
+    """Leave no part of an artifact behind if anything goes wrong."""
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _package(
+    job: Prepared,
+    sweep: BlockSweep,
+    result: SweepResult,
+    workspace: Workspace,
+    progress: Progress,
+    began: tuple[float, float],
+) -> tuple[Report, Manifest]:
+    """Write the checkpoint, prove that it loads, and put the report beside it."""
+    spec = job.spec
     progress.stage(State.PACKAGING, "writing the checkpoint", 0, 3)
     written = _export(job, sweep.store, workspace.artifact)
     progress.advance(1, 3, "reloading the checkpoint in a clean process")
@@ -102,10 +132,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         workspace.artifact, format=job.plan.format, job=workspace.job, known=written.files
     )
     progress.advance(3, 3, "done")
-    missed = _gate(spec, report.quality)
-    if missed:
-        return Rejected(report=report, manifest=manifest, detail=missed)
-    return Succeeded(report=report, manifest=manifest)
+    return report, manifest
 
 
 def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared:

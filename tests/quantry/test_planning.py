@@ -23,7 +23,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 64, "max_position_embeddings": 64},
 }
 COMMON = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 96}
-LLAMA = {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 64}
+LLAMA = {"intermediate_size": 64, "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 64}
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -184,8 +184,8 @@ def test_gguf_is_for_llama_only() -> None:
     assert "opt" in error.detail
 
 
-def test_gptq_words_must_fit() -> None:
-    error = refusal("llama", config={"intermediate_size": 44}, format="gptq")
+def test_gptq_layers_must_be_multiples_of_32() -> None:
+    error = refusal("llama", config={"intermediate_size": 48}, format="gptq")
     assert error.path == "format"
     assert "model.layers.0.mlp.gate_proj" in error.detail
 

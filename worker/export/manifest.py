@@ -43,7 +43,7 @@ def write_manifest(
 
 def loader_of(folder: Path, format: str) -> Loader:
     """The package and the lines that load this artifact."""
-    name = folder.name
+    name = "path/to/this/folder"  # the user chooses where it lies
     stock = f'AutoModelForCausalLM.from_pretrained("{name}")'
     imported = "from transformers import AutoModelForCausalLM\n"
     if format == "compressed-tensors":

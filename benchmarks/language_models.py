@@ -1,0 +1,134 @@
+"""Perplexity of full precision, round-to-nearest, GPTQ and GPTQ with bias compensation on one model.
+
+usage: python benchmarks/language_models.py MODEL --calibration TEXT --evaluation TEXT [--separator S]
+           [--bits 4 3 2] [--group-sizes 64 0] [--recipes plain default] [--seeds 0 1 2]
+           [--samples 64] [--length 512] [--evaluation-windows 40] [--evaluation-length 1024]
+
+A text may be one file for both: calibration takes its first nine tenths, evaluation the rest. Group size 0
+is one scale a row; --evaluation-windows 0 is the whole text. Recipes: plain (GPTQ as published: no clip
+search, no asymmetric target, no refinement), default, each also with bias compensation (plain+bc,
+default+bc). Results are kept in .bench/lm and not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+
+from quantry.contract import BiasCompensationStep, DatasetRef, Evaluation, GptqStep, JobSpec, ModelRef, Step
+from worker.calibration.store import BlockStore
+from worker.calibration.texts import calibration_windows, cut_windows, load_text, tokenize
+from worker.models.causal_lm import CausalLM
+from worker.progress import Progress
+from worker.sweep import BlockSweep
+from worker.workspace import Workspace
+
+KEPT = Path(".bench/lm")
+RECIPES = ("plain", "plain+bc", "default", "default+bc")
+
+
+def steps(name: str, bits: int, group_size: int, symmetric: bool) -> tuple[Step, ...]:
+    grid = {"bits": bits, "group_size": group_size or None, "symmetric": symmetric}
+    plain = {"clip": "none", "target": "plain", "refinement": 0} if name.startswith("plain") else {}
+    gptq = GptqStep.model_validate({**grid, **plain})
+    return (gptq, BiasCompensationStep()) if name.endswith("+bc") else (gptq,)
+
+
+def windows(options: argparse.Namespace, model: CausalLM, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Calibration and evaluation windows, cut as a job cuts them."""
+    texts = [Path(options.calibration).resolve(), Path(options.evaluation).resolve()]
+    nowhere = Path()
+    space = Workspace(
+        artifact=nowhere, checkpoints=nowhere, cache=nowhere, model_roots=tuple(t.parent for t in texts)
+    )
+    one = texts[0] == texts[1]
+    tokens = []
+    for path, role in zip(texts, ("calibration", "evaluation"), strict=True):
+        ref = DatasetRef(
+            source="local", id=str(path), split=None if one else "all", separator=options.separator
+        )
+        text = load_text(ref, role, space)  # type: ignore[arg-type]
+        tokens.append(tokenize(text, model.tokenizer(), model.start_token))
+    calibration = calibration_windows(
+        tokens[0], samples=options.samples, length=options.length, seed=seed, name=texts[0].name
+    )
+    return calibration, cut_windows(tokens[1], options.evaluation_length)[
+        : options.evaluation_windows or None
+    ]
+
+
+def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, seed: int) -> dict[str, float]:
+    """Perplexities by stream, and the cost of quantizing."""
+    facts = f"{options.model.name} {recipe} {bits} {group} {seed} {options.samples}x{options.length}"
+    evaluated = f"{options.evaluation_windows}x{options.evaluation_length} {options.asymmetric}"
+    file = KEPT / (f"{facts} {evaluated}".replace("/", "_").replace(" ", "-") + ".json")
+    if file.exists():
+        found: dict[str, float] = json.loads(file.read_text())
+        return found
+    model = CausalLM(options.model, device=torch.device("cpu"), dtype=getattr(torch, options.dtype))
+    calibration, evaluation = windows(options, model, seed)
+    baselines = ("fp", "rtn") if recipe == options.recipes[0] and seed == options.seeds[0] else ()
+    spec = JobSpec(
+        model=ModelRef(source="local", id=str(options.model)),
+        recipe=steps(recipe, bits, group, not options.asymmetric),
+        evaluation=Evaluation.model_validate({"baselines": baselines}),
+        format="quantry",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        store = BlockStore(Path(folder) / "blocks", "benchmark")
+        result = BlockSweep(model, spec, store, Progress(io.StringIO()), calibration, evaluation).run()
+    values = {**result.perplexity, "cpu_s": result.cost.cpu_s, "windows": len(evaluation)}
+    KEPT.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(values))
+    return values
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and half the spread where there are several."""
+    spread = f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--evaluation", required=True)
+    parser.add_argument("--separator")
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
+    parser.add_argument("--group-sizes", type=int, nargs="+", default=[0, 64])
+    parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--evaluation-windows", type=int, default=40)
+    parser.add_argument("--evaluation-length", type=int, default=1024)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forwards")
+    options = parser.parse_args()
+    print(
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}\n"
+    )
+    print("| bits | group | FP | RTN | " + " | ".join(options.recipes) + " |")
+    print("| --- " * (4 + len(options.recipes)) + "|", flush=True)
+    for bits in options.bits:
+        for group in options.group_sizes:
+            columns = []
+            base: dict[str, float] = {}
+            for recipe in options.recipes:
+                runs = [measure(options, recipe, bits, group, seed) for seed in options.seeds]
+                base = base or runs[0]
+                columns.append(cell([run["quantized"] for run in runs]))
+            row = [str(bits), str(group or "row"), f"{base['fp']:.3f}", f"{base['rtn']:.3f}", *columns]
+            print("| " + " | ".join(row) + " |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -180,7 +180,7 @@ class Evaluation(Model):
     dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
     samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
     sequence_length: int | None = Field(None, ge=8, le=131072, description="null: as the calibration")
-    metrics: tuple[Literal["perplexity"], ...] = ("perplexity",)
+    metrics: tuple[Literal["perplexity"], ...] = Field(("perplexity",), min_length=1)
     baselines: tuple[Literal["fp", "rtn"], ...] = ("fp", "rtn")
     allow_overlap: bool = Field(False, description="true: evaluate though calibration saw the same text")
 
@@ -232,6 +232,12 @@ class JobSpec(Model):
     def _check(self) -> Self:
         check_recipe(self.recipe)
         resolve_format(self.format, self.weight_step, self.compensation)
+        gated = self.accept.perplexity_increase_max is not None
+        if gated and (self.evaluation is None or "fp" not in self.evaluation.baselines):
+            raise SpecError(
+                "accept.perplexity_increase_max",
+                "the gate compares with full precision: give an evaluation whose baselines hold `fp`",
+            )
         return self
 
 
@@ -399,7 +405,7 @@ MOVES: dict[State, frozenset[State]] = _moves()
 
 
 class Progress(Model):
-    """How far the present stage is; `eta_s` is the estimate for the whole job."""
+    """How far the present stage is, and how long it will still take at its present pace."""
 
     done: int = 0
     total: int = 0

@@ -80,7 +80,10 @@ def peak_memory(plan: Plan, evaluation_tokens: int) -> int:
     batch = 4 * window * min(_BATCH_WINDOWS, plan.spec.calibration.samples) * 3 * tallest
     logits = 2 * 4 * window * plan.vocabulary if evaluation else 0
     fixed = RUNTIME_BYTES + 4 * plan.kept_parameters
-    return fixed + 3 * 4 * weights + 4 * 4 * widest**2 + streams + max(batch, logits)
+    sweep = fixed + 3 * 4 * weights + 4 * 4 * widest**2 + streams + max(batch, logits)
+    return max(
+        sweep, 2 * RUNTIME_BYTES + 4 * plan.parameters
+    )  # the written checkpoint is reloaded in float32
 
 
 def seconds(plan: Plan, evaluation_tokens: tuple[int, int], rates: Rates) -> tuple[float, float]:

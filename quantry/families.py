@@ -81,6 +81,7 @@ FAMILIES: dict[str, Family] = {
             "llama",
             "LlamaForCausalLM",
             bias_switches={"attention_bias": _ATTENTION, "mlp_bias": _MLP},
+            residual_output="mlp.down_proj",
             gguf=True,
         ),
         _llama_like("mistral", "MistralForCausalLM", residual_output="mlp.down_proj", rehome="llama"),

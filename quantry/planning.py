@@ -68,7 +68,7 @@ class Plan:
 
 def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Plan:
     """Check a job against its model. Raises SpecError, naming the field and the layer."""
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "an unknown method")
         raise SpecError(
             "model", f"the checkpoint is already quantized ({method}); give the full-precision one"
@@ -227,6 +227,14 @@ def _resolve_lengths(spec: JobSpec, context: int | None) -> JobSpec:
             raise SpecError(
                 f"{field}.sequence_length", f"{value} tokens are more than the model's context of {context}"
             )
+    step = spec.compensation
+    per_position = step is not None and step.granularity == "position_channel"
+    if per_position and wanted.get("evaluation", length) != length:
+        raise SpecError(
+            "evaluation.sequence_length",
+            f"{wanted['evaluation']} tokens, but a bias per position is fitted for calibration windows of "
+            f"{length}: leave it out, or use granularity channel",
+        )
     calibration = calibration.model_copy(update={"sequence_length": length})
     return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation})
 
@@ -313,6 +321,13 @@ def _warnings(
         yield (
             f"written as {written_family.architecture}: it computes the same and has a place for the biases "
             f"that compensation adds, which {family.architecture} has not"
+        )
+    weights = spec.weight_step
+    late = isinstance(weights, GptqStep) and not weights.true_sequential
+    if late and spec.compensation and spec.compensation.targets == "sequential":
+        yield (
+            "true_sequential is off: compensation is fitted before the earlier layers of a block are quantized, "
+            "so their mean error is not removed"
         )
     if spec.compensation and spec.compensation.granularity == "position_channel":
         positions = resolved.calibration.sequence_length

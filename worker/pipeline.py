@@ -13,7 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -45,6 +47,7 @@ from worker.models.source import check_folder, resolve
 from worker.models.tensors import read_headers, shard_files
 from worker.progress import Progress
 from worker.report import write_report
+from worker.steps import needs_statistics
 from worker.sweep import BlockSweep, SweepResult
 from worker.workspace import Workspace
 
@@ -61,7 +64,7 @@ class Prepared:
     plan: Plan
     folder: Path
     model: CausalLM
-    calibration: Tensor
+    calibration: Tensor | None
     evaluation: Tensor | None
     evaluation_name: str
     fingerprint: str
@@ -160,28 +163,23 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared
 
 def _windows(
     planned: Plan, model: CausalLM, workspace: Workspace
-) -> tuple[Tensor, Tensor | None, str, list[str]]:
+) -> tuple[Tensor | None, Tensor | None, str, list[str]]:
+    """Calibration windows, evaluation windows, the name of the evaluation text, and warnings."""
     spec = planned.spec
     tokenizer = model.tokenizer()
-    wanted = spec.calibration
-    text = load_text(wanted.dataset, "calibration", workspace)
-    tokens = tokenize(text, tokenizer, model.start_token)
-    _check_vocabulary(int(tokens.max(initial=0)), model)
-    length = wanted.sequence_length or 0
-    calibration = calibration_windows(
-        tokens, samples=wanted.samples, length=length, seed=wanted.seed, name=text.name
-    )
+    calibration = _calibration(planned, model, workspace, tokenizer)
     if spec.evaluation is None:
         return calibration, None, "", []
     text = load_text(spec.evaluation.dataset, "evaluation", workspace)
     tokens = tokenize(text, tokenizer, model.start_token)
-    evaluation = cut_windows(tokens, spec.evaluation.sequence_length or length)[: spec.evaluation.samples]
+    _check_vocabulary(tokens, model)
+    evaluation = cut_windows(tokens, spec.evaluation.sequence_length or 0)[: spec.evaluation.samples]
     if not len(evaluation):
         raise DatasetError(
             f"evaluation: {text.name} has {len(tokens)} tokens, less than one window of "
             f"{spec.evaluation.sequence_length}: give more text or a shorter sequence_length"
         )
-    share = overlap(calibration, evaluation)
+    share = 0.0 if calibration is None else overlap(calibration, evaluation)
     if share > OVERLAP_ALLOWED and not spec.evaluation.allow_overlap:
         raise DatasetError(
             f"evaluation: {share:.1%} of {text.name} also stands in the calibration windows; evaluate on other "
@@ -191,8 +189,26 @@ def _windows(
     return calibration, evaluation, text.name, warnings
 
 
-def _check_vocabulary(largest: int, model: CausalLM) -> None:
+def _calibration(planned: Plan, model: CausalLM, workspace: Workspace, tokenizer: Any) -> Tensor | None:
+    """The calibration windows; None for a recipe that looks at no data."""
+    spec = planned.spec
+    if spec.compensation is None and not needs_statistics(spec.weight_step):
+        return None
+    text = load_text(spec.calibration.dataset, "calibration", workspace)
+    tokens = tokenize(text, tokenizer, model.start_token)
+    _check_vocabulary(tokens, model)
+    return calibration_windows(
+        tokens,
+        samples=spec.calibration.samples,
+        length=spec.calibration.sequence_length or 0,
+        seed=spec.calibration.seed,
+        name=text.name,
+    )
+
+
+def _check_vocabulary(tokens: np.ndarray[Any, Any], model: CausalLM) -> None:
     size = model.model.get_input_embeddings().num_embeddings
+    largest = int(tokens.max(initial=0))
     if largest >= size:
         raise DatasetError(
             f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together"
@@ -217,7 +233,7 @@ def compute_dtype(spec: JobSpec, planned: Plan, device: torch.device) -> torch.d
 
 
 def _fingerprint(
-    spec: JobSpec, folder: Path, model: CausalLM, calibration: Tensor, evaluation: Tensor | None
+    spec: JobSpec, folder: Path, model: CausalLM, calibration: Tensor | None, evaluation: Tensor | None
 ) -> str:
     """A digest of everything that the quantized bytes depend on."""
     digest = hashlib.sha256()
@@ -250,18 +266,29 @@ def _export(job: Prepared, store: BlockStore, target: Path) -> Manifest:
 
 def _verify(job: Prepared, sweep: BlockSweep, workspace: Workspace) -> dict[str, float | str]:
     """Reload the artifact as a user would, in a clean process, and compare logits in float32."""
-    windows, length = REFERENCE
-    tokens = (job.calibration if job.evaluation is None else job.evaluation)[:windows]
-    if not job.spec.compensation or job.spec.compensation.granularity == "channel":
-        tokens = tokens[:, :length]  # biases per position need the window they were fitted for
+    tokens = _reference_tokens(job)
     exact = CausalLM(job.folder, device=torch.device("cpu"), dtype=torch.float32)
     reference = BlockSweep(exact, job.spec, sweep.store, sweep.progress, None, None).reference_logits(tokens)
-    with tempfile.TemporaryDirectory(dir=workspace.artifact.parent) as folder:
+    with tempfile.TemporaryDirectory(
+        dir=workspace.artifact
+    ) as folder:  # goes with the attempt, whatever happens
         path = Path(folder) / "reference.safetensors"
         safetensors.torch.save_file(
             {"input_ids": tokens.contiguous(), "logits": reference.contiguous()}, path
         )
         return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
+
+
+def _reference_tokens(job: Prepared) -> Tensor:
+    """The batch that both sides compute: held-out windows where there are some, else whatever there is."""
+    windows, length = REFERENCE
+    tokens = job.calibration if job.evaluation is None else job.evaluation
+    if tokens is None:
+        size = job.model.model.get_input_embeddings().num_embeddings
+        return torch.randint(size, REFERENCE, generator=torch.Generator().manual_seed(0))
+    if job.spec.compensation and job.spec.compensation.granularity == "position_channel":
+        return tokens[:windows]  # biases per position need the window they were fitted for
+    return tokens[:windows, :length]
 
 
 def _report(
@@ -342,7 +369,7 @@ def _added_bytes(layer: QuantizedLayer) -> int:
 
 def _cost(job: Prepared, result: SweepResult, began: tuple[float, float]) -> CostReport:
     cuda = job.model.device.type == "cuda"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return CostReport(
         wall_s=time.perf_counter() - began[0],
         cpu_s=time.process_time() - began[1],

@@ -28,7 +28,7 @@ from quantry.contract import Cancelled, Failed, Manifest, Outcome, Progress, Rej
 from worker import child as children
 from worker import ending
 from worker.child import BadMessage, Child
-from worker.errors import DeviceError, DiskFull, ExportError
+from worker.errors import DeviceError, DiskFull, ExportError, OutOfMemory
 from worker.pulse import Pulse
 from worker.workspace import JobInput, Workspace
 
@@ -70,7 +70,13 @@ class Runner:
         except OSError as error:
             full = DiskFull(f"the storage of worker {claim.worker} cannot be written: {error}")
             return self._record(pulse, Failed(error=full.as_job_error()))
-        child = self._take(self.storage.log(claim.job_id, claim.epoch))
+        try:
+            child = self._take(self.storage.log(claim.job_id, claim.epoch))
+        except OSError as error:
+            failed = OutOfMemory(
+                f"worker {claim.worker} could not start a process: {error.strerror or error}"
+            )
+            return self._record(pulse, Failed(error=failed.as_job_error()))
         try:
             result = self._follow(child, request, pulse)
         finally:
@@ -90,9 +96,12 @@ class Runner:
         """Start the next job's process ahead of time."""
         with self._lock:
             if self.settings.warm and not self.stopping.is_set() and self._warm is None:
-                self._warm = self._start(
-                    self.storage.root / "run" / f"next-{socket.gethostname()}-{os.getpid()}.log"
-                )
+                try:
+                    self._warm = self._start(
+                        self.storage.root / "run" / f"next-{socket.gethostname()}-{os.getpid()}.log"
+                    )
+                except OSError:  # the present job must not suffer; the next one starts its own
+                    log.exception("the next job's process could not be started ahead of time")
 
     def stop(self) -> None:
         """End the present job, giving it back, and start no other."""

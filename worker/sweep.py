@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -89,12 +90,13 @@ class BlockSweep:
         total, done = len(self.model.blocks), self.store.finished()
         layers: list[LayerReport] = []
         blocks: list[BlockReport] = []
-        self.progress.stage(State.QUANTIZING, f"block {done + 1} of {total}", done, total)
+        self.progress.stage(State.QUANTIZING, f"block {min(done + 1, total)} of {total}", done, total)
         for index in range(total):
             original = self.model.block(index)
             if index < done:
                 finished = self.store.load(index, self.model.device)
                 self._replay(index, original, finished.layers, streams)
+                self.progress.advance(done, total, f"replaying block {index + 1} of {done}")
             else:
                 finished = self._visit(index, original, streams)
                 self.store.save(index, finished)
@@ -102,13 +104,19 @@ class BlockSweep:
                 self.progress.event("block", finished.report.model_dump(mode="json"))
             layers += finished.reports
             blocks.append(finished.report)
-        self.progress.stage(State.EVALUATING, "perplexity", 0, len(streams.evaluation))
+        windows = sum(len(stream.tokens) for stream in streams.evaluation.values())
+        self.progress.stage(State.EVALUATING, "perplexity", 0, windows)
         values: dict[str, float] = {}
+        passed = 0
         for name, stream in streams.evaluation.items():
             with self._full_precision(name == "fp"):
-                values[name] = perplexity(self.model, stream)
-            self.progress.advance(len(values), len(streams.evaluation))
+                tell = partial(self._tell, passed, windows)
+                values[name] = perplexity(self.model, stream, tell)
+            passed += len(stream.tokens)
         return SweepResult(tuple(layers), tuple(blocks), values, self.cost)
+
+    def _tell(self, before: int, total: int, done: int) -> None:
+        self.progress.advance(before + done, total)
 
     @torch.no_grad()
     def reference_logits(self, tokens: Tensor) -> Tensor:
@@ -160,11 +168,16 @@ class BlockSweep:
         """Move every stream past a block that an earlier attempt finished."""
         module = copy.deepcopy(original)
         nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
-        for name, layer in layers.items():
-            install(module, name, layer)
+        step = self.spec.compensation
+        published = step is not None and step.targets == "published"
+        for name, layer in layers.items():  # as published, the base quantizer never saw the biases
+            install(module, name, QuantizedLayer(layer.weight, None) if published else layer)
         for stream, block in ((streams.given, module), (streams.floating, original)):
             if stream is not None:
                 stream.advance(block, index)
+        if published:
+            for name, layer in layers.items():
+                install(module, name, layer)
         self._advance_evaluation(index, original, module, nearest, streams)
 
     def _advance_evaluation(

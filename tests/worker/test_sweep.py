@@ -81,7 +81,12 @@ def test_reported_perplexity_is_that_of_the_stored_network(name: str, tmp_path: 
     assert ours < sum(layer.relative_mse_rtn or 0 for layer in result.layers)
 
 
-@pytest.mark.parametrize("recipe", [(GPTQ, BIAS), (RtnStep(bits=4),), (RtnStep(bits=4), BIAS)])
+PUBLISHED = BIAS.model_copy(update={"targets": "published"})
+
+
+@pytest.mark.parametrize(
+    "recipe", [(GPTQ, BIAS), (GPTQ, PUBLISHED), (RtnStep(bits=4),), (RtnStep(bits=4), BIAS)]
+)
 def test_a_sweep_that_died_goes_on_with_the_same_bits(recipe: tuple[Step, ...], tmp_path: Path) -> None:
     folder = factories.write_checkpoint(tmp_path / "model", "llama")
     _, whole = sweep(folder, tmp_path / "whole", *recipe)
@@ -123,9 +128,8 @@ def mean_error(run: BlockSweep) -> float:
 def test_sequential_compensation_removes_the_mean_error_of_the_deployed_network(tmp_path: Path) -> None:
     """The last layer's output, hence the residual stream, has no mean error on the calibration windows."""
     folder = factories.write_checkpoint(tmp_path / "model", "llama")
-    published = BIAS.model_copy(update={"targets": "published"})
     ours, _ = sweep(folder, tmp_path / "sequential", RtnStep(bits=3), BIAS, evaluate=False)
-    theirs, _ = sweep(folder, tmp_path / "published", RtnStep(bits=3), published, evaluate=False)
+    theirs, _ = sweep(folder, tmp_path / "published", RtnStep(bits=3), PUBLISHED, evaluate=False)
     assert mean_error(ours) < 5e-5  # float32 rounding
     assert mean_error(theirs) > 10 * mean_error(ours)
 

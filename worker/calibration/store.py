@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ class BlockStore:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
             mark.write_text(fingerprint)
+        for partial in folder.glob("*.part"):
+            partial.unlink(missing_ok=True)
 
     def finished(self) -> int:
         """How many blocks, from the first, are done."""
@@ -71,7 +74,7 @@ class BlockStore:
             "reports": json.dumps([r.model_dump(mode="json") for r in block.reports]),
             "report": block.report.model_dump_json(),
         }
-        partial = self._path(index).with_suffix(".part")
+        partial = self._path(index).with_suffix(f".{uuid.uuid4().hex}.part")  # a frozen attempt may thaw
         save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata)
         with partial.open("rb") as file:
             os.fsync(file.fileno())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -43,10 +43,6 @@ class Stream:
         assert hidden is not None
         return cls(tokens, hidden, calls, batch)
 
-    def fork(self) -> Stream:
-        """A second stream from the same states."""
-        return Stream(self.tokens, self.hidden.clone(), self.calls, self.batch)
-
     def batches(self, index: int) -> Iterator[tuple[slice, Tensor, BlockCall]]:
         """The batches for block `index`: where they lie, their states, how to call the block."""
         for start in range(0, len(self.hidden), self.batch):
@@ -62,19 +58,22 @@ class Stream:
 
 
 @torch.no_grad()
-def perplexity(model: CausalLM, stream: Stream) -> float:
+def perplexity(model: CausalLM, stream: Stream, tell: Callable[[int], None]) -> float:
     """exp(mean negative log-likelihood) over the length - 1 predictions of every window, summed in float64.
 
-    `stream` has left the last block. Raises NonFiniteError if the likelihood is not finite.
+    `stream` has left the last block. `tell` hears how many windows are done.
+    Raises: NonFiniteError if the likelihood is not finite.
     """
     total, count = 0.0, 0
-    for window, states in zip(stream.tokens, stream.hidden, strict=True):
+    for number, (window, states) in enumerate(zip(stream.tokens, stream.hidden, strict=True), 1):
         for low in range(0, len(window) - 1, HEAD_TOKENS):
             high = min(low + HEAD_TOKENS, len(window) - 1)
             logits = model.head(window[None, low:high], states[None, low:high])[0].float()
             targets = window[low + 1 : high + 1].to(logits.device)
             total += float(cross_entropy(logits, targets, reduction="sum"))
             count += high - low
+        if number % 8 == 0 or number == len(stream.tokens):
+            tell(number)
     if not math.isfinite(total):
         raise NonFiniteError("the model's log-likelihood is NaN or infinite")
     return math.exp(min(total / count, 700.0))

@@ -6,7 +6,6 @@ The convention is written down in docs/perplexity.md.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,7 +66,9 @@ def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
         content = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise DatasetError(f"{role}: {path.name} is not UTF-8 text (byte {error.start})") from error
-    except (OSError, ValueError, KeyError) as error:
+    except OSError as error:
+        raise DatasetError(f"{role}: {path.name} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError) as error:
         raise DatasetError(f"{role}: {path.name} cannot be read: {error}") from error
     if kind in (".jsonl", ".ndjson"):
         return Text(path.name, tuple(_jsonl(content, ref.field, path.name)))
@@ -80,7 +81,10 @@ def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
 
 def _parquet(path: Path, field: str) -> list[str]:
     table = pq.read_table(path, columns=[field])
-    return [str(value) for value in table[field].to_pylist() if value]
+    values = table[field].to_pylist()
+    if any(value is not None and not isinstance(value, str) for value in values):
+        raise ValueError(f"column {field!r} does not hold strings")
+    return [value for value in values if value]
 
 
 def _jsonl(content: str, field: str, name: str) -> list[str]:
@@ -113,6 +117,8 @@ def _split(text: Text, name: str, split: str) -> Text:
 
 def tokenize(text: Text, tokenizer: Any, start: int | None) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The text as one run of token ids, (tokens,) int64; `start` goes before each separate document."""
+    if not any(text.documents):
+        return np.empty(0, dtype=np.int64)  # the callers refuse it as too short
     if not text.separate:
         ids = tokenizer("\n\n".join(text.documents), verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int64)
@@ -146,25 +152,19 @@ def calibration_windows(
 
 
 def overlap(calibration: Tensor, evaluation: Tensor) -> float:
-    """The share of the evaluation's runs of 32 tokens that also stand in the calibration windows."""
-    seen = _shingles(calibration.numpy())
-    runs = _shingles(evaluation.numpy())
-    return float(np.isin(runs, np.unique(seen)).mean()) if len(runs) else 0.0
+    """The share of the evaluation's runs of 32 tokens (of a shorter window's length) that calibration has too."""
+    run = min(SHINGLE, calibration.shape[1], evaluation.shape[1])
+    seen = np.unique(_shingles(calibration.numpy(), run))
+    return float(np.isin(_shingles(evaluation.numpy(), run), seen).mean())
 
 
-def _shingles(windows: np.ndarray[Any, Any]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """A 64-bit hash of every run of SHINGLE tokens inside each window."""
-    if windows.shape[1] < SHINGLE:
-        return np.empty(0, dtype=np.uint64)
-    factors = np.random.default_rng(7).integers(1, 2**63, SHINGLE, dtype=np.uint64) | np.uint64(1)
+def _shingles(windows: np.ndarray[Any, Any], run: int) -> np.ndarray[Any, np.dtype[np.uint64]]:
+    """A 64-bit hash of every run of tokens inside each window."""
+    factors = np.random.default_rng(7).integers(1, 2**63, run, dtype=np.uint64) | np.uint64(1)
     values = windows.astype(np.uint64) + np.uint64(1)
-    width = windows.shape[1] - SHINGLE + 1
+    width = windows.shape[1] - run + 1
     hashes = np.zeros((len(windows), width), dtype=np.uint64)
     for i, factor in enumerate(factors):
         hashes += values[:, i : i + width] * factor
         hashes ^= hashes >> np.uint64(29)
     return hashes.ravel()
-
-
-def describe(text: Text) -> Mapping[str, Any]:
-    return {"name": text.name, "documents": len(text.documents), "characters": sum(map(len, text.documents))}

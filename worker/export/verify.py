@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from worker.errors import VerificationError
+from worker.errors import OutOfMemory, VerificationError
 
 # Largest difference of a logit that is put down to rounding, as a share of the logits' root mean square.
 TOLERANCE = 1e-3
@@ -68,6 +69,11 @@ def _reload(folder: Path, format: str, reference: Path, threads: int | None) -> 
     try:
         result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     except (IndexError, ValueError) as error:
+        if done.returncode == -signal.SIGKILL:
+            raise OutOfMemory(
+                "the process that reloads the checkpoint was killed, most likely for memory: it holds the whole "
+                "model in float32; use a worker with more memory"
+            ) from error
         tail = done.stderr.strip().splitlines()[-1:] or ["it printed nothing"]
         raise VerificationError(
             f"the process that reloads the checkpoint ended with status {done.returncode}: {tail[0]}"

@@ -28,8 +28,7 @@ class Grid:
 
 def store_scale(scale: Tensor) -> Tensor:
     """`scale` rounded to what the checkpoint stores: float16, kept away from 0 and from infinity."""
-    half = torch.finfo(torch.float16)
-    magnitude = scale.abs().clamp(half.smallest_normal, half.max)
+    magnitude = scale.abs().clamp(2.0**-24, torch.finfo(torch.float16).max)
     return torch.where(scale < 0, -magnitude, magnitude).half().float()
 
 

@@ -66,11 +66,6 @@ class CausalLM:
         assert isinstance(blocks, nn.ModuleList)
         return blocks
 
-    @property
-    def context(self) -> int:
-        """The longest window the model takes, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", 2048))
-
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 

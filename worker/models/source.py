@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx2
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -67,7 +68,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{error.path}: {error.detail}") from error
     except ValueError as error:
         raise ModelError(f"{folder.name}/config.json is not valid JSON: {error}") from error
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise ModelError(f"{folder.name} is already quantized; name the full-precision checkpoint")
     if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
         pickles = [f.name for f in folder.iterdir() if f.suffix in REFUSED]
@@ -138,6 +139,6 @@ def _hub_error(error: Exception, name: str, revision: str | None, offline: bool)
         return ModelNotFound(f"{name} has no revision {revision}")
     if isinstance(error, EntryNotFoundError):
         return ModelNotFound(f"{at}: no such file")
-    if isinstance(error, HfHubHTTPError | ConnectionError | TimeoutError):
+    if isinstance(error, HfHubHTTPError | httpx2.HTTPError | ConnectionError | TimeoutError):
         return HubUnreachable(f"the model hub failed for {at}: {error}")
     return error

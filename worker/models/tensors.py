@@ -63,8 +63,7 @@ def read_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
     """The tensors of each file of a checkpoint. Raises ModelError for a truncated or malformed file."""
     try:
         shards = {file.name: read_header(file) for file in shard_files(folder)}
-        index = folder / "model.safetensors.index.json"
-        merge_shards(json.loads(index.read_text())["weight_map"] if index.exists() else None, shards)
+        merge_shards(_weight_map(folder), shards)
     except HeaderError as error:
         raise ModelError(f"{folder.name}: {error}") from error
     return shards
@@ -72,14 +71,25 @@ def read_headers(folder: Path) -> dict[str, dict[str, TensorInfo]]:
 
 def shard_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint. Raises ModelError if one that the index names is missing."""
-    index = folder / "model.safetensors.index.json"
-    single = folder / "model.safetensors"
-    if not index.exists():
-        if not single.exists():
+    index = _weight_map(folder)
+    if index is None:
+        if not (folder / "model.safetensors").exists():
             raise ModelError(f"{folder.name} holds no model.safetensors; pickled weights are refused")
-        return [single]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / "model.safetensors"]
+    names = sorted(set(index.values()))
     for name in names:
         if Path(name).name != name or not (folder / name).exists():
             raise ModelError(f"{folder.name}: the index names {name}, which is not in the folder")
     return [folder / name for name in names]
+
+
+def _weight_map(folder: Path) -> dict[str, str] | None:
+    """Tensor -> file, from the index of a sharded checkpoint, or None. Raises ModelError."""
+    file = folder / "model.safetensors.index.json"
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]
+        return {str(name): str(shard) for name, shard in found.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder.name}: {file.name} is not an index of safetensors files") from error

@@ -81,9 +81,8 @@ def peak_memory(plan: Plan, evaluation_tokens: int) -> int:
     logits = 2 * 4 * window * plan.vocabulary if evaluation else 0
     fixed = RUNTIME_BYTES + 4 * plan.kept_parameters
     sweep = fixed + 3 * 4 * weights + 4 * 4 * widest**2 + streams + max(batch, logits)
-    return max(
-        sweep, 2 * RUNTIME_BYTES + 4 * plan.parameters
-    )  # the written checkpoint is reloaded in float32
+    reload = RUNTIME_BYTES // 2 + 4 * plan.parameters  # a clean process reads the checkpoint in float32
+    return max(sweep, reload)
 
 
 def seconds(plan: Plan, evaluation_tokens: tuple[int, int], rates: Rates) -> tuple[float, float]:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import platform
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -30,45 +26,23 @@ from quantry.contract import (
     Rejected,
     Report,
     SizeReport,
-    SpecError,
     State,
     Succeeded,
 )
 from quantry.costs import estimate
-from quantry.planning import Plan, plan
 from quantry.quantizers.affine import QuantizedLayer
 from worker.calibration.store import BlockStore
-from worker.calibration.texts import calibration_windows, cut_windows, load_text, overlap, tokenize
-from worker.errors import DatasetError, DeviceError, RecipeError
 from worker.export import export, write_manifest, write_model_card
 from worker.export.verify import verify
 from worker.models.causal_lm import CausalLM
-from worker.models.source import check_folder, resolve
-from worker.models.tensors import read_headers, shard_files
+from worker.models.source import check_folder
+from worker.prepare import Prepared, prepare
 from worker.progress import Progress
 from worker.report import write_report
-from worker.steps import needs_statistics
 from worker.sweep import BlockSweep, SweepResult
 from worker.workspace import Workspace
 
-OVERLAP_ALLOWED = 0.01  # of the evaluation's runs of 32 tokens: set phrases repeat in any two texts
-SMALL_MODEL = 20_000_000  # parameters; below, float32 costs nothing and keeps every digit
 REFERENCE = (2, 64)  # windows and tokens of the batch on which the written checkpoint must agree
-
-
-@dataclass
-class Prepared:
-    """A job whose model and texts are at hand and were checked."""
-
-    spec: JobSpec
-    plan: Plan
-    folder: Path
-    model: CausalLM
-    calibration: Tensor | None
-    evaluation: Tensor | None
-    evaluation_name: str
-    fingerprint: str
-    warnings: list[str] = field(default_factory=list)
 
 
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | Rejected:
@@ -136,116 +110,6 @@ def _package(
     )
     progress.advance(3, 3, "done")
     return report, manifest
-
-
-def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared:
-    """Resolve the model, plan the job, read the texts, cut and check the windows."""
-    progress.stage(State.PREPARING, "resolving the model")
-    folder = resolve(spec.model, workspace)
-    tensors = {name: info for shard in read_headers(folder).values() for name, info in shard.items()}
-    try:
-        planned = plan(spec, check_folder(folder), tensors)
-    except SpecError as error:
-        raise RecipeError(f"{error.path}: {error.detail}") from error
-    device = _device(spec, workspace)
-    dtype = compute_dtype(spec, planned, device)
-    model = CausalLM(folder, device=device, dtype=dtype)
-    progress.stage(State.PREPARING, "reading the texts")
-    calibration, evaluation, name, warnings = _windows(planned, model, workspace)
-    warnings = [*planned.warnings, *warnings]
-    for text in warnings:
-        progress.event("warning", {"message": text})
-    fingerprint = _fingerprint(planned.spec, folder, model, calibration, evaluation)
-    return Prepared(
-        planned.spec, planned, folder, model, calibration, evaluation, name, fingerprint, warnings
-    )
-
-
-def _windows(
-    planned: Plan, model: CausalLM, workspace: Workspace
-) -> tuple[Tensor | None, Tensor | None, str, list[str]]:
-    """Calibration windows, evaluation windows, the name of the evaluation text, and warnings."""
-    spec = planned.spec
-    tokenizer = model.tokenizer()
-    calibration = _calibration(planned, model, workspace, tokenizer)
-    if spec.evaluation is None:
-        return calibration, None, "", []
-    text = load_text(spec.evaluation.dataset, "evaluation", workspace)
-    tokens = tokenize(text, tokenizer, model.start_token)
-    _check_vocabulary(tokens, model)
-    evaluation = cut_windows(tokens, spec.evaluation.sequence_length or 0)[: spec.evaluation.samples]
-    if not len(evaluation):
-        raise DatasetError(
-            f"evaluation: {text.name} has {len(tokens)} tokens, less than one window of "
-            f"{spec.evaluation.sequence_length}: give more text or a shorter sequence_length"
-        )
-    share = 0.0 if calibration is None else overlap(calibration, evaluation)
-    if share > OVERLAP_ALLOWED and not spec.evaluation.allow_overlap:
-        raise DatasetError(
-            f"evaluation: {share:.1%} of {text.name} also stands in the calibration windows; evaluate on other "
-            "text, or set evaluation.allow_overlap to accept figures that flatter the result"
-        )
-    warnings = [f"{share:.2%} of the evaluation text also stands in the calibration windows"] if share else []
-    return calibration, evaluation, text.name, warnings
-
-
-def _calibration(planned: Plan, model: CausalLM, workspace: Workspace, tokenizer: Any) -> Tensor | None:
-    """The calibration windows; None for a recipe that looks at no data."""
-    spec = planned.spec
-    if spec.compensation is None and not needs_statistics(spec.weight_step):
-        return None
-    text = load_text(spec.calibration.dataset, "calibration", workspace)
-    tokens = tokenize(text, tokenizer, model.start_token)
-    _check_vocabulary(tokens, model)
-    return calibration_windows(
-        tokens,
-        samples=spec.calibration.samples,
-        length=spec.calibration.sequence_length or 0,
-        seed=spec.calibration.seed,
-        name=text.name,
-    )
-
-
-def _check_vocabulary(tokens: np.ndarray[Any, Any], model: CausalLM) -> None:
-    size = model.model.get_input_embeddings().num_embeddings
-    largest = int(tokens.max(initial=0))
-    if largest >= size:
-        raise DatasetError(
-            f"the tokenizer gives token {largest}, the model knows {size}: they do not belong together"
-        )
-
-
-def _device(spec: JobSpec, workspace: Workspace) -> torch.device:
-    wanted = workspace.device if spec.device == "auto" else spec.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise DeviceError("device: cuda was asked for, but this worker has no CUDA device")
-    return torch.device(wanted)
-
-
-def compute_dtype(spec: JobSpec, planned: Plan, device: torch.device) -> torch.dtype:
-    """The dtype of the forwards: as asked, or bfloat16 where the processor multiplies it natively."""
-    if spec.compute_dtype != "auto":
-        return torch.bfloat16 if spec.compute_dtype == "bfloat16" else torch.float32
-    native = (
-        device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    )
-    return torch.bfloat16 if native and planned.parameters >= SMALL_MODEL else torch.float32
-
-
-def _fingerprint(
-    spec: JobSpec, folder: Path, model: CausalLM, calibration: Tensor | None, evaluation: Tensor | None
-) -> str:
-    """A digest of everything that the quantized bytes depend on."""
-    digest = hashlib.sha256()
-    recipe = spec.model_dump_json(include={"recipe", "calibration", "evaluation"})
-    for part in (quantry.__version__, torch.__version__, str(model.device), str(model.dtype), recipe):
-        digest.update(f"{part}\n".encode())
-    for windows in (calibration, evaluation):
-        digest.update(b"-" if windows is None else windows.numpy().tobytes())
-    for file in [folder / "config.json", *shard_files(folder)]:
-        with file.open("rb") as content:
-            digest.update(hashlib.file_digest(content, "sha256").digest())
-    return digest.hexdigest()
 
 
 def _export(job: Prepared, store: BlockStore, target: Path) -> Manifest:
@@ -342,15 +206,13 @@ def _quality(job: Prepared, result: SweepResult) -> tuple[QualityRow, ...]:
     return (row,)
 
 
-def _size(job: Prepared, layers: object, artifact: Path) -> SizeReport:
+def _size(job: Prepared, layers: Iterable[tuple[str, QuantizedLayer]], artifact: Path) -> SizeReport:
     bits = weights = added = 0
-    for name, layer in layers:  # type: ignore[attr-defined]
-        assert isinstance(layer, QuantizedLayer)
+    for _, layer in layers:
         bias = _added_bytes(layer)
         bits += layer.weight.storage_bits() + 8 * bias
         weights += layer.weight.codes.numel()
         added += bias
-        del name
     stored = sum(f.stat().st_size for f in artifact.iterdir() if f.suffix in (".safetensors", ".gguf"))
     return SizeReport(
         fp_bytes=job.plan.fp_bytes,

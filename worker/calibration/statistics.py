@@ -39,22 +39,18 @@ class InputStatistics:
 
     def update(self, x_q: Tensor, x_f: Tensor | None) -> None:
         axis = 0 if self.sum_q.ndim == 2 else (0, 1)
-        x = x_q.float()
-        self.sum_q += x.sum(axis)
-        self.tokens += x.shape[0] * x.shape[1]
-        flat = x.flatten(0, 1)
+        self.sum_q += x_q.sum(axis, dtype=torch.float32)
+        self.tokens += x_q.shape[0] * x_q.shape[1]
+        flat = x_q.flatten(0, 1)
         if self.hessian is not None:
-            for low in range(0, x.shape[-1], PANEL):  # H is symmetric: its upper triangle will do
+            for low in range(0, x_q.shape[-1], PANEL):  # H is symmetric: its upper triangle will do
                 panel = slice(low, low + PANEL)
-                add_product(
-                    self.hessian[: low + PANEL, panel], flat[:, : low + PANEL], flat[:, panel], x_q.dtype
-                )
+                add_product(self.hessian[: low + PANEL, panel], flat[:, : low + PANEL], flat[:, panel])
         if x_f is None:
             return
-        y = x_f.float()
-        self.sum_f += y.sum(axis)
+        self.sum_f += x_f.sum(axis, dtype=torch.float32)
         if self.cross is not None:
-            add_product(self.cross, (y - x).flatten(0, 1), flat, x_q.dtype)
+            add_product(self.cross, (x_f - x_q).flatten(0, 1), flat)
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens; the sums are used up.
@@ -77,18 +73,16 @@ class InputStatistics:
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
 
 
-def add_product(total: Tensor, left: Tensor, right: Tensor, dtype: torch.dtype) -> None:
-    """total += left^T right for (tokens, n) float32, summed in float32.
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left^T right for (tokens, n), summed in float32.
 
-    dtype: of the forward that the factors come from. Products of a bfloat16 forward are taken in bfloat16, a
-    few tokens at a time: a CPU rounds each partial product once, which averages out over the calibration set.
+    Products of a bfloat16 forward are taken in bfloat16, a few tokens at a time: a CPU rounds each partial
+    product once, which averages out over the calibration set.
     """
-    if dtype == torch.float32:
+    if left.dtype == torch.float32:
         total.addmm_(left.T, right)
         return
-    for a, b in zip(
-        torch.split(left.to(dtype), PRODUCT_TOKENS), torch.split(right.to(dtype), PRODUCT_TOKENS), strict=True
-    ):
+    for a, b in zip(torch.split(left, PRODUCT_TOKENS), torch.split(right, PRODUCT_TOKENS), strict=True):
         if total.device.type == "cuda":
             total += torch.mm(a.T, b, out_dtype=torch.float32)
         else:

@@ -6,9 +6,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.live_server import live, shared_server
+
+expect.set_options(timeout=30_000)  # a busy machine is slow, not wrong
 
 __all__ = ["live", "shared_server"]
 

@@ -1,6 +1,7 @@
-"""Take in a text: stream it to the storage, check that it is one, record it.
+"""Take in a dataset: stream it to the storage, check that it is one, record it.
 
-A text is UTF-8 (.txt), JSON objects a line (.jsonl) or Parquet with a column of strings (.parquet).
+A text is UTF-8 (.txt), JSON objects a line (.jsonl) or Parquet with a column of strings (.parquet). Images are
+an .npz file, or files that `multipart.py` received.
 """
 
 from __future__ import annotations
@@ -9,9 +10,7 @@ import codecs
 import hashlib
 import json
 import os
-import uuid
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
@@ -20,39 +19,26 @@ from sqlalchemy import Select, or_, select
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
+from app.contents import Contents, UploadRefused
+from app.images import inspect_npz
 from app.shared.database import transaction
-from app.shared.errors import Conflict, NotFound, ServiceError
+from app.shared.errors import Conflict, NotFound
 from app.shared.ids import new_id
 from app.shared.jobs import UNFINISHED
 from app.shared.storage import Storage
 from app.shared.tables import Dataset, Job
 from quantry.contract import DatasetRead
 
-_PARQUET_MAGIC = b"PAR1"
-_KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet"}
+_MAGIC = {b"PAR1": ".parquet", b"PK\x03\x04": ".npz"}
+_NAMES = {".parquet": "a Parquet file", ".npz": "an .npz file"}
+_KINDS = {".txt": ".txt", ".jsonl": ".jsonl", ".ndjson": ".jsonl", ".parquet": ".parquet", ".npz": ".npz"}
 _READ_BYTES = 1 << 20
 _MAX_LINE_BYTES = 64 << 20
 
 
-class UploadRefused(ServiceError):
-    """The bytes are no text that a job could read."""
-
-    type = "upload-refused"
-    title = "The upload is not a usable text"
-
-
 class DatasetInUse(Conflict):
     type = "dataset-in-use"
-    title = "An unfinished job needs the text"
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What the check of a file found."""
-
-    suffix: str
-    documents: int
-    characters: int
+    title = "An unfinished job needs the dataset"
 
 
 async def receive(chunks: AsyncIterator[bytes], storage: Storage) -> tuple[Path, str, int]:
@@ -60,7 +46,7 @@ async def receive(chunks: AsyncIterator[bytes], storage: Storage) -> tuple[Path,
 
     The file is the caller's to move or remove; nothing is left when the body breaks off.
     """
-    path = storage.root / "blobs" / f"incoming-{uuid.uuid4().hex}"
+    path = storage.incoming()
     digest, size = hashlib.sha256(), 0
 
     def write(file: BinaryIO, chunk: bytes) -> None:
@@ -68,7 +54,6 @@ async def receive(chunks: AsyncIterator[bytes], storage: Storage) -> tuple[Path,
         digest.update(chunk)
 
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("xb") as file:
             async for chunk in chunks:
                 size += len(chunk)
@@ -80,15 +65,40 @@ async def receive(chunks: AsyncIterator[bytes], storage: Storage) -> tuple[Path,
     return path, digest.hexdigest(), size
 
 
+def inspect(file: Path, name: str) -> Contents:
+    """What kind of dataset a file is, by its bytes and its name, and how much of it. Raises UploadRefused."""
+    suffix = Path(name).suffix.lower()
+    with file.open("rb") as content:
+        kind = _MAGIC.get(content.read(4))
+        said = _KINDS.get(suffix)
+        if said is not None and kind != said and (kind or said in _NAMES):
+            wrong = f"is {_NAMES[kind]}" if kind else f"is not {_NAMES[said]}"
+            raise UploadRefused(f"{name} {wrong}, which its name denies")
+        content.seek(0)
+        if kind is not None:
+            return _inspect_parquet(file, name) if kind == ".parquet" else inspect_npz(file, name)
+        kind = said or (".jsonl" if _looks_like_json_lines(content) else ".txt")
+        content.seek(0)
+        return _inspect_json_lines(content, name) if kind == ".jsonl" else _inspect_plain(content, name)
+
+
 def store(
-    session: Session, storage: Storage, file: Path, *, owner: str, name: str, sha256: str, size: int
+    session: Session,
+    storage: Storage,
+    file: Path,
+    *,
+    owner: str,
+    name: str,
+    sha256: str,
+    size: int,
+    check: Callable[[Path, str], Contents] = inspect,
 ) -> tuple[DatasetRead, bool]:
     """Check a received file and make a dataset of it; True if it is new. The file is moved or removed.
 
     The same bytes under the same name are the dataset that is there already. Raises UploadRefused.
     """
     try:
-        found = inspect(file, name)
+        found = check(file, name)
         target = storage.blob(sha256, found.suffix)
         target.parent.mkdir(parents=True, exist_ok=True)
         with transaction(session):
@@ -107,7 +117,7 @@ def store(
 
 
 def list_datasets(session: Session, *, owner: str) -> list[DatasetRead]:
-    """The owner's texts, newest first."""
+    """The owner's datasets, newest first."""
     with transaction(session, write=False):
         rows = session.scalars(
             select(Dataset).where(Dataset.owner == owner).order_by(Dataset.id.desc())
@@ -116,13 +126,13 @@ def list_datasets(session: Session, *, owner: str) -> list[DatasetRead]:
 
 
 def get(session: Session, dataset_id: str, *, owner: str) -> DatasetRead:
-    """One text. Raises NotFound."""
+    """One dataset. Raises NotFound."""
     with transaction(session, write=False):
         return read(_load(session, dataset_id, owner))
 
 
 def delete(session: Session, storage: Storage, dataset_id: str, *, owner: str) -> None:
-    """Forget a text, and its bytes if nobody else has them. Raises NotFound, DatasetInUse."""
+    """Forget a dataset, and its bytes if nobody else has them. Raises NotFound, DatasetInUse."""
     with transaction(session):
         row = _load(session, dataset_id, owner)
         job = session.scalars(_needing(dataset_id, owner).limit(1)).first()
@@ -137,22 +147,6 @@ def delete(session: Session, storage: Storage, dataset_id: str, *, owner: str) -
 
 def read(row: Dataset) -> DatasetRead:
     return DatasetRead(**{name: getattr(row, name) for name in DatasetRead.model_fields})
-
-
-def inspect(file: Path, name: str) -> Contents:
-    """What kind of text a file is, by its bytes and its name, and how much of it. Raises UploadRefused."""
-    suffix = Path(name).suffix.lower()
-    with file.open("rb") as content:
-        parquet = content.read(4) == _PARQUET_MAGIC
-        if parquet != (suffix == ".parquet") and suffix in _KINDS:
-            kind = "is" if parquet else "is not"
-            raise UploadRefused(f"{name} {kind} a Parquet file, which its name denies")
-        content.seek(0)
-        if parquet:
-            return _inspect_parquet(file, name)
-        kind = _KINDS.get(suffix) or (".jsonl" if _looks_like_json_lines(content) else ".txt")
-        content.seek(0)
-        return _inspect_json_lines(content, name) if kind == ".jsonl" else _inspect_plain(content, name)
 
 
 def _inspect_plain(content: BinaryIO, name: str) -> Contents:
@@ -250,6 +244,8 @@ def _row(found: Contents, *, owner: str, name: str, sha256: str, size: int) -> D
         sha256=sha256,
         documents=found.documents,
         characters=found.characters,
+        images=found.images,
+        classes=found.classes,
         created_at=datetime.now(UTC),
     )
 
@@ -263,7 +259,7 @@ def _load(session: Session, dataset_id: str, owner: str) -> Dataset:
 
 
 def _needing(dataset_id: str, owner: str) -> Select[str]:
-    """Ids of the owner's unfinished jobs that read this text."""
+    """Ids of the owner's unfinished jobs that read this dataset."""
     named = [
         Job.spec[role, "dataset", "id"].as_string() == dataset_id for role in ("calibration", "evaluation")
     ]

@@ -25,6 +25,7 @@ import torch
 from quantry.contract import BiasCompensationStep, DatasetRef, Evaluation, GptqStep, JobSpec, ModelRef, Step
 from worker.calibration.store import BlockStore
 from worker.calibration.texts import calibration_windows, cut_windows, load_text, tokenize
+from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM
 from worker.progress import Progress
 from worker.sweep import BlockSweep
@@ -83,7 +84,8 @@ def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, see
     )
     with tempfile.TemporaryDirectory() as folder:
         store = BlockStore(Path(folder) / "blocks", "benchmark")
-        result = BlockSweep(model, spec, store, Progress(io.StringIO()), calibration, evaluation).run()
+        judge = PerplexityJudge(model)
+        result = BlockSweep(model, spec, store, Progress(io.StringIO()), calibration, evaluation, judge).run()
     values = {**result.perplexity, "cpu_s": result.cost.cpu_s, "windows": len(evaluation)}
     KEPT.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values))

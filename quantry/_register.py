@@ -10,12 +10,14 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_REGISTRY = "transformers.quantizers.auto"  # the module that holds transformers' table of quantizers
-_HOOK = "quantry.hf"  # importing it adds ours to that table
+_REGISTRY = (
+    "transformers.modeling_utils"  # once it is there, so are the tables of quantizers and of attentions
+)
+_HOOK = "quantry.hf"  # importing it adds ours to those tables
 
 
 class _RegisterAfter(Loader):
-    """Runs the registry module as its own loader would, then adds the `quantry` format to it."""
+    """Runs the module as its own loader would, then adds the `quantry` format to its tables."""
 
     def __init__(self, loader: Loader) -> None:
         self._loader = loader
@@ -47,7 +49,7 @@ class _Finder(MetaPathFinder):
 
 
 def register_with_transformers() -> None:
-    """Idempotent; imports nothing unless transformers' registry is already imported."""
+    """Idempotent; imports nothing unless transformers can already load models."""
     if _REGISTRY in sys.modules:
         importlib.import_module(_HOOK)
     elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):

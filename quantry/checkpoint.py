@@ -11,11 +11,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+)
 
 import quantry.hf  # noqa: F401  (registers the format)
 from quantry.contract import Manifest
 from quantry.unpack import gguf_state, gptq_state
+from quantry.vision import VISION_FAMILIES
 
 
 class CheckpointError(ValueError):
@@ -44,18 +50,26 @@ def load(
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path} has no config.json: it is not a checkpoint folder")
-    method = json.loads(config_file.read_text()).get("quantization_config", {}).get("quant_method")
+    config = json.loads(config_file.read_text())
+    method = config.get("quantization_config", {}).get("quant_method")
     ggufs = sorted(path.glob("*.gguf"))
     if method == "gptq" or (method is None and ggufs):
         state = gptq_state(path) if method == "gptq" else gguf_state(path, ggufs[0])
         return _from_state(path, state, dtype, device_map)
     if method == "compressed-tensors":
         _check_reader(path)
-    model, info = AutoModelForCausalLM.from_pretrained(
+    model, info = _auto_class(config).from_pretrained(
         path, dtype=dtype, device_map=device_map, output_loading_info=True
     )
     _check_info(path, info)
     return model.dequantize() if dequantize and method is not None else model  # type: ignore[no-any-return]
+
+
+def _auto_class(config: dict[str, Any]) -> Any:
+    """The class of transformers that opens a folder with this config.json."""
+    classifiers = {family.architecture for family in VISION_FAMILIES.values()}
+    wanted = set(config.get("architectures") or ())
+    return AutoModelForImageClassification if wanted & classifiers else AutoModelForCausalLM
 
 
 def _from_state(

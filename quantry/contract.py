@@ -6,6 +6,7 @@ times RFC 3339 UTC.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
+Metric = Literal["perplexity", "top1", "top5", "kl"]
 Format = Literal["auto", "compressed-tensors", "gptq", "gguf", "quantry"]
 Label = Annotated[
     str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -60,10 +62,12 @@ class ModelRef(Model):
 
 
 class DatasetRef(Model):
-    """A text: plain (.txt), JSON lines (.jsonl) or Parquet (.parquet), and which part of it.
+    """A text: plain (.txt), JSON lines (.jsonl) or Parquet (.parquet), and which part of it; or images.
 
     `split` of a bundled text is its own; of any other text `train` is the first nine tenths of its
     documents (of its characters, if it is one document), `test` the last tenth, `all` the whole.
+    Images are an .npz file (`images`, `labels`), split likewise, or with a split of its own (`x_calib` or
+    `x_train`, and `x_test`, with `y_...`); or, `local` and `upload`, JPEG and PNG files with labels.csv.
     """
 
     source: Literal["bundled", "local", "upload", "hub"]
@@ -157,10 +161,96 @@ class BiasCompensationStep(Model):
     )
 
 
+class ActivationGrid(Model):
+    """Shared by the steps that quantize activations: every linear input, Q, K, V and the softmax output."""
+
+    bits: Bits
+    softmax_bits: Bits | None = Field(None, description="of the attention probabilities; null: as `bits`")
+
+
+class UniformStep(ActivationGrid):
+    """Uniform asymmetric grids on every activation, static per tensor or dynamic per token."""
+
+    method: Literal["uniform"] = "uniform"
+    granularity: Literal["tensor", "token"] = Field(
+        "tensor", description="tensor: one static scale; token: a scale for each token, found when it runs"
+    )
+    range: Literal["min_max", "percentile", "mse"] = Field(
+        "min_max", description="tensor: how the static range is chosen"
+    )
+
+
+class Ptq4vitStep(ActivationGrid):
+    """PTQ4ViT (Yuan et al. 2022, arXiv:2111.12293): twin uniform grids, scales searched under the Fisher metric."""
+
+    method: Literal["ptq4vit"] = "ptq4vit"
+    twin: Literal["nearest", "sum"] = Field(
+        "nearest", description="nearest: the closest point of both grids; sum: the published form"
+    )
+    metric: Literal["fisher", "mse"] = Field(
+        "fisher", description="fisher: squared gradients of sampled labels weight the output error"
+    )
+    candidates: int = Field(100, ge=2, le=1000, description="scales tried in a search")
+    rounds: int = Field(3, ge=1, le=10, description="alternations between weight and input scales")
+
+
+class RepqStep(ActivationGrid):
+    """RepQ-ViT (Li et al. 2023, arXiv:2212.08254): channel scales after LayerNorm, folded into one; log softmax."""
+
+    method: Literal["repq"] = "repq"
+
+
+class AdalogStep(ActivationGrid):
+    """AdaLog (Wu et al. 2024): logarithmic grids of searched base for softmax and shifted GELU outputs."""
+
+    method: Literal["adalog"] = "adalog"
+    candidates: int = Field(128, ge=2, le=1024, description="scales and bases tried in a search")
+    rounds: int = Field(3, ge=1, le=10)
+
+
+class IgqStep(ActivationGrid):
+    """IGQ-ViT (Moon et al. 2024, arXiv:2404.00928): each image assigns its channels and rows to groups."""
+
+    method: Literal["igq"] = "igq"
+    groups: int = Field(
+        8, ge=1, le=64, description="quantizers a layer: of all layers, or on average where allocated"
+    )
+    allocation: Literal["uniform", "ilp"] = Field(
+        "uniform",
+        description="ilp: group counts by layer, by integer programming under the same bit operations",
+    )
+    iterations: int = Field(30, ge=1, le=200, description="alternations of assignment and bounds")
+
+
+class SmoothquantStep(Model):
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): move outliers into the weights, then quantize both."""
+
+    method: Literal["smoothquant"] = "smoothquant"
+    bits: Bits = 8
+    alpha: float = Field(0.5, ge=0, le=1, description="share of an outlier that moves into the weights")
+    granularity: Literal["tensor", "token"] = Field(
+        "token", description="token: dynamic scales; tensor: one static scale"
+    )
+
+
+class SoftmaxBiasStep(Model):
+    """Softmax bias correction (Pandey et al. 2023, arXiv:2309.01729): give the probabilities their lost mass back."""
+
+    method: Literal["softmax_bias"] = "softmax_bias"
+    bits: Bits = Field(8, description="of the probabilities, where no activation step quantizes them")
+    granularity: Literal["tensor", "head"] = "head"
+    range: Literal["unit", "max"] = Field(
+        "unit", description="unit: the grid covers [0, 1]; max: the largest probability seen"
+    )
+
+
 WeightStep = RtnStep | GptqStep
-Step = Annotated[RtnStep | GptqStep | BiasCompensationStep, Field(discriminator="method")]
+ActivationStep = UniformStep | Ptq4vitStep | RepqStep | AdalogStep | IgqStep | SmoothquantStep
+CorrectionStep = BiasCompensationStep | SoftmaxBiasStep
+Step = Annotated[WeightStep | ActivationStep | CorrectionStep, Field(discriminator="method")]
 WEIGHT_METHODS = ("rtn", "gptq")
-CORRECTION_METHODS = ("bias_compensation",)
+ACTIVATION_METHODS = ("uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant")
+CORRECTION_METHODS = ("bias_compensation", "softmax_bias")
 
 
 class Calibration(Model):
@@ -180,7 +270,11 @@ class Evaluation(Model):
     dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
     samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
     sequence_length: int | None = Field(None, ge=8, le=131072, description="null: as the calibration")
-    metrics: tuple[Literal["perplexity"], ...] = Field(("perplexity",), min_length=1)
+    metrics: tuple[Metric, ...] | None = Field(
+        None,
+        min_length=1,
+        description="null: perplexity of a language model; top1, top5 and kl of a classifier",
+    )
     baselines: tuple[Literal["fp", "rtn"], ...] = ("fp", "rtn")
     allow_overlap: bool = Field(False, description="true: evaluate though calibration saw the same text")
 
@@ -190,6 +284,9 @@ class Accept(Model):
 
     perplexity_increase_max: float | None = Field(
         None, gt=0, description="of quantized over full precision, relative: 0.1 is ten per cent"
+    )
+    accuracy_drop_max: float | None = Field(
+        None, ge=0, le=1, description="of top-1 accuracy below full precision, absolute: 0.01 is one point"
     )
 
 
@@ -228,14 +325,24 @@ class JobSpec(Model):
     def compensation(self) -> BiasCompensationStep | None:
         return next((step for step in self.recipe if isinstance(step, BiasCompensationStep)), None)
 
+    @property
+    def activation_step(self) -> ActivationStep | None:
+        """The step that quantizes activations, if the recipe has one."""
+        return next((step for step in self.recipe if isinstance(step, ActivationStep)), None)
+
+    @property
+    def softmax_bias(self) -> SoftmaxBiasStep | None:
+        return next((step for step in self.recipe if isinstance(step, SoftmaxBiasStep)), None)
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_recipe(self.recipe)
-        resolve_format(self.format, self.weight_step, self.compensation)
-        gated = self.accept.perplexity_increase_max is not None
-        if gated and (self.evaluation is None or "fp" not in self.evaluation.baselines):
+        resolve_format(self.format, self)
+        gates = ("perplexity_increase_max", "accuracy_drop_max")
+        gate = next((name for name in gates if getattr(self.accept, name) is not None), None)
+        if gate and (self.evaluation is None or "fp" not in self.evaluation.baselines):
             raise SpecError(
-                "accept.perplexity_increase_max",
+                f"accept.{gate}",
                 "the gate compares with full precision: give an evaluation whose baselines hold `fp`",
             )
         return self
@@ -246,8 +353,11 @@ class JobRequest(Model):
 
     model: Name | ModelRef = Field(description="a name such as `bundled/opt-tiny`, or the full reference")
     bits: Bits | None = None
-    method: Literal["rtn", "gptq"] | None = None
-    correction: Literal["bias_compensation"] | None = None
+    method: (
+        Literal["rtn", "gptq", "uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant", "softmax_bias"]
+        | None
+    ) = Field(None, description="null: gptq; a method for activations brings its own weight step")
+    correction: Literal["bias_compensation", "softmax_bias"] | None = None
     group_size: int | None = Field(None, ge=8, le=65536)
     symmetric: bool | None = None
     recipe: tuple[Step, ...] | None = Field(None, min_length=1, max_length=8)
@@ -287,9 +397,31 @@ class JobRequest(Model):
         assert self.bits is not None  # _one_form
         method = self.method or "gptq"
         symmetric = self.symmetric if self.symmetric is not None else self.format != "gptq"
-        step = RtnStep if method == "rtn" else GptqStep
-        weights = step(bits=self.bits, group_size=self.group_size, symmetric=symmetric)
-        return (weights, BiasCompensationStep()) if self.correction else (weights,)
+        grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
+        steps: list[Step] = []
+        if method == "rtn":
+            steps.append(RtnStep(**grid))
+        elif method in ("ptq4vit", "repq", "adalog", "igq"):  # as published: no error feedback
+            steps.append(RtnStep(**grid, clip="mse"))
+        else:
+            steps.append(GptqStep(**grid))
+        if method in _SHORT_STEPS:
+            steps.append(_SHORT_STEPS[method](bits=self.bits))
+        if self.correction and self.correction != method:
+            chosen = BiasCompensationStep if self.correction == "bias_compensation" else SoftmaxBiasStep
+            steps.append(chosen())
+        return tuple(steps)
+
+
+_SHORT_STEPS: dict[str, Callable[..., Step]] = {
+    "uniform": UniformStep,
+    "ptq4vit": Ptq4vitStep,
+    "repq": RepqStep,
+    "adalog": AdalogStep,
+    "igq": IgqStep,
+    "smoothquant": SmoothquantStep,
+    "softmax_bias": lambda bits: SoftmaxBiasStep(),
+}
 
 
 def _spec_error(error: ValidationError) -> SpecError:
@@ -302,35 +434,53 @@ def _spec_error(error: ValidationError) -> SpecError:
 
 
 def check_recipe(recipe: tuple[Step, ...]) -> None:
-    """One weight step, first; then each correction at most once. Raises SpecError."""
+    """One weight step, first; then at most one activation step; then each correction at most once.
+
+    Raises SpecError.
+    """
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(
-            "recipe.0", f"`{recipe[0].method}` corrects quantized weights: put `rtn` or `gptq` before it"
+            "recipe.0",
+            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn` or `gptq` before it",
         )
-    seen: set[str] = set()
+    seen: list[str] = []
     for index, step in enumerate(recipe):
+        path = f"recipe.{index}"
         if index and step.method in WEIGHT_METHODS:
-            raise SpecError(
-                f"recipe.{index}", f"a second weight step; `{recipe[0].method}` already quantizes the weights"
-            )
+            raise SpecError(path, f"a second weight step; `{recipe[0].method}` already quantizes the weights")
         if step.method in seen:
-            raise SpecError(f"recipe.{index}", f"`{step.method}` stands twice")
-        seen.add(step.method)
+            raise SpecError(path, f"`{step.method}` stands twice")
+        if step.method in ACTIVATION_METHODS:
+            before = next((name for name in seen if name not in WEIGHT_METHODS), None)
+            if before in ACTIVATION_METHODS:
+                raise SpecError(path, f"a second activation step; `{before}` already quantizes them")
+            if before is not None:
+                raise SpecError(path, f"`{before}` corrects what `{step.method}` does: put it after")
+        seen.append(step.method)
 
 
-def resolve_format(
-    wanted: Format, weights: RtnStep | GptqStep, compensation: BiasCompensationStep | None
-) -> Literal["compressed-tensors", "gptq", "gguf", "quantry"]:
+def resolve_format(wanted: Format, spec: JobSpec) -> Literal["compressed-tensors", "gptq", "gguf", "quantry"]:
     """The format that will be written. Raises SpecError if the one asked for cannot hold the result.
 
-    `auto` is compressed-tensors where it is exact (symmetric weights), else quantry. The model may still
-    move `auto` to quantry later, if the format has no place for its layers or biases.
+    `auto` is compressed-tensors where it is exact (symmetric weights, int-quantized for SmoothQuant), else
+    quantry. The model may still move `auto` to quantry later, if the format has no place for its layers or biases.
     """
+    weights, compensation, activation = spec.weight_step, spec.compensation, spec.activation_step
     per_position = compensation is not None and compensation.granularity == "position_channel"
+    integer = isinstance(activation, SmoothquantStep) and weights.group_size is None and weights.bits == 8
+    own = per_position or spec.softmax_bias is not None or (activation is not None and not integer)
     if wanted == "auto":
-        return "compressed-tensors" if weights.symmetric and not per_position else "quantry"
+        return "compressed-tensors" if weights.symmetric and not own else "quantry"
     if wanted == "quantry":
         return wanted
+    if own and not per_position:
+        raise SpecError(
+            "format",
+            f"{wanted} has no place for what this recipe does to activations (compressed-tensors: SmoothQuant with "
+            "8-bit weights, one scale a row); use quantry or auto",
+        )
+    if activation is not None and wanted != "compressed-tensors":
+        raise SpecError("format", f"{wanted} holds weights only; use compressed-tensors or quantry")
     if per_position:
         raise SpecError(
             "format", f"{wanted} has no place for a bias per position; use quantry, or granularity channel"
@@ -545,6 +695,30 @@ class BlockReport(Model):
     seconds: float
 
 
+class OperandReport(Model):
+    """One quantized activation: its place, what it is, its grid, and its error on the calibration data.
+
+    kind: image, post_norm, attention_output, post_activation, head_input, query, key, value, probabilities; input in a
+    language model.
+    row_sum_before, row_sum_after: mean sum of a row of probabilities, without and with the softmax correction.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    quantizer: str
+    sqnr_db: float | None = None
+    row_sum_before: float | None = None
+    row_sum_after: float | None = None
+
+
+class BitOperations(Model):
+    """Bit operations of one forward: `base` with static grids, `overhead` of what is found at run time."""
+
+    base: float
+    overhead: float
+
+
 class SizeReport(Model):
     fp_bytes: int
     quantized_bytes: int
@@ -599,6 +773,8 @@ class Report(Model):
     size: SizeReport
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
+    operands: tuple[OperandReport, ...] = ()
+    bit_operations: BitOperations | None = None
     cost: CostReport
     estimate: dict[str, Any] = {}
     environment: dict[str, str]
@@ -640,7 +816,7 @@ class MethodInfo(Model):
 
     method: str
     title: str
-    role: Literal["weights", "correction"]
+    role: Literal["weights", "activations", "correction"]
     families: tuple[str, ...]
     formats: tuple[str, ...]
     cost: Literal["none", "light", "medium", "heavy"]
@@ -653,14 +829,16 @@ class MethodPage(Model):
 
 
 class DatasetRead(Model):
-    """An uploaded text: use its id as `{"source": "upload", "id": ...}`."""
+    """An uploaded text or set of images: use its id as `{"source": "upload", "id": ...}`."""
 
     id: str
     name: str
     bytes: int
     sha256: str
-    documents: int
-    characters: int
+    documents: int = Field(description="of a text; 0 of images")
+    characters: int = Field(description="of a text; 0 of images")
+    images: int | None = Field(None, description="null: a text")
+    classes: int | None = Field(None, description="different labels; null: a text, or images without labels")
     created_at: datetime
 
 

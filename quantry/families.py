@@ -18,6 +18,9 @@ class Family:
     """One `model_type` of transformers.
 
     groups: linear layers of a block in the order they run; the layers of one group share their input.
+    norms: norm of a block -> the group that alone takes its output.
+    unit_offset: its norms multiply by 1 + weight.
+    flattened: layers that run on (tokens, width), without the batch.
     bias_switches: config key -> layers that get a bias when it is true; a layer in none has a fixed slot or none.
     fixed_bias: layers that always have a bias.
     transposed: weights are stored (in, out), as GPT-2's Conv1D does.
@@ -30,10 +33,13 @@ class Family:
     base: str
     blocks: str
     groups: tuple[tuple[str, ...], ...]
+    norms: Mapping[str, tuple[str, ...]]
     bias_switches: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     fixed_bias: tuple[str, ...] = ()
     residual_output: str | None = None
     transposed: bool = False
+    unit_offset: bool = False
+    flattened: tuple[str, ...] = ()
     rehome: str | None = None
     gguf: bool = False
     ignored: tuple[str, ...] = (r"rotary_emb\.(original_)?inv_freq$",)
@@ -58,11 +64,16 @@ class Family:
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _ATTENTION = (*_QKV, "self_attn.o_proj")
 _MLP = ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-_LLAMA_GROUPS = (_QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+_GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+_LLAMA_GROUPS = (_QKV, ("self_attn.o_proj",), _GATE_UP, ("mlp.down_proj",))
+_LLAMA_NORMS = {"input_layernorm": _QKV, "post_attention_layernorm": _GATE_UP}
+_SANDWICH_NORMS = {"input_layernorm": _QKV, "pre_feedforward_layernorm": _GATE_UP}
 
 
-def _llama_like(model_type: str, architecture: str, **extra: Any) -> Family:
-    return Family(model_type, architecture, "model", "model.layers", _LLAMA_GROUPS, **extra)
+def _llama_like(
+    model_type: str, architecture: str, norms: Mapping[str, tuple[str, ...]] = _LLAMA_NORMS, **extra: Any
+) -> Family:
+    return Family(model_type, architecture, "model", "model.layers", _LLAMA_GROUPS, norms, **extra)
 
 
 FAMILIES: dict[str, Family] = {
@@ -74,6 +85,8 @@ FAMILIES: dict[str, Family] = {
             "model",
             "model.decoder.layers",
             (_QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+            {"self_attn_layer_norm": _QKV, "final_layer_norm": ("fc1",)},
+            flattened=("fc1", "fc2"),
             bias_switches={"enable_bias": (*_QKV, "self_attn.out_proj", "fc1", "fc2")},
             residual_output="fc2",
         ),
@@ -97,17 +110,31 @@ FAMILIES: dict[str, Family] = {
         _llama_like(
             "gemma",
             "GemmaForCausalLM",
+            unit_offset=True,
             bias_switches={"attention_bias": _ATTENTION},
             residual_output="mlp.down_proj",
         ),
-        _llama_like("gemma2", "Gemma2ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
-        _llama_like("gemma3_text", "Gemma3ForCausalLM", bias_switches={"attention_bias": _ATTENTION}),
+        _llama_like(
+            "gemma2",
+            "Gemma2ForCausalLM",
+            _SANDWICH_NORMS,
+            unit_offset=True,
+            bias_switches={"attention_bias": _ATTENTION},
+        ),
+        _llama_like(
+            "gemma3_text",
+            "Gemma3ForCausalLM",
+            _SANDWICH_NORMS,
+            unit_offset=True,
+            bias_switches={"attention_bias": _ATTENTION},
+        ),
         Family(
             "gpt2",
             "GPT2LMHeadModel",
             "transformer",
             "transformer.h",
             (("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+            {"ln_1": ("attn.c_attn",), "ln_2": ("mlp.c_fc",)},
             fixed_bias=("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
             residual_output="mlp.c_proj",
             transposed=True,
@@ -124,6 +151,10 @@ FAMILIES: dict[str, Family] = {
                 ("mlp.dense_h_to_4h",),
                 ("mlp.dense_4h_to_h",),
             ),
+            {
+                "input_layernorm": ("attention.query_key_value",),
+                "post_attention_layernorm": ("mlp.dense_h_to_4h",),
+            },
             bias_switches={"attention_bias": ("attention.query_key_value", "attention.dense")},
             fixed_bias=("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
             residual_output="mlp.dense_4h_to_h",
@@ -181,6 +212,23 @@ def holds_added_biases(family: Family, config: Mapping[str, Any]) -> bool:
     target = rehome_target(family, config) or family
     switchable = {name for names in target.bias_switches.values() for name in names}
     return set(target.linears) <= switchable | set(target.fixed_bias)
+
+
+def foldable_norms(family: Family, config: Mapping[str, Any]) -> Mapping[str, tuple[str, ...]]:
+    """The norms of a block into which a factor on each input of their layers folds. Raises SpecError if none."""
+    if family.model_type == "opt" and not config.get("do_layer_norm_before", True):
+        raise SpecError(
+            "model",
+            "this OPT has its norms behind the residual connections (do_layer_norm_before is false), so they "
+            "feed the residual stream as well as the layers: `smoothquant` cannot fold into them",
+        )
+    if not config.get("layer_norm_elementwise_affine", True):
+        raise SpecError(
+            "model",
+            "the norms of this model have no weights (layer_norm_elementwise_affine is false) that "
+            "`smoothquant` could fold into",
+        )
+    return family.norms
 
 
 def block_bias_layer(family: Family, config: Mapping[str, Any]) -> str | None:

@@ -34,6 +34,9 @@ _TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|lm_head|embed_out)\.weig
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe)\.weight$")
 
 
+LANGUAGE_METHODS = ("rtn", "gptq", "smoothquant", "bias_compensation", "softmax_bias")
+
+
 @dataclass(frozen=True)
 class Layer:
     """One linear layer that will be quantized: `rows` outputs, `columns` inputs, however it is stored."""
@@ -74,6 +77,7 @@ def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorI
             "model", f"the checkpoint is already quantized ({method}); give the full-precision one"
         )
     family = family_of(config)
+    _check_steps(spec)
     named = {family.canonical(name): info for name, info in tensors.items() if not family.is_ignored(name)}
     if _tied(family, config):
         named = {name: info for name, info in named.items() if not _HEAD.search(name)}
@@ -112,6 +116,23 @@ def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorI
         effective_bits=round(layer_bits / count, 4),
         warnings=tuple(_warnings(spec, written, family, written_family, kept, resolved)),
     )
+
+
+def _check_steps(spec: JobSpec) -> None:
+    """That every step can work on a language model."""
+    for index, step in enumerate(spec.recipe):
+        if step.method not in LANGUAGE_METHODS:
+            raise SpecError(
+                f"recipe.{index}",
+                f"`{step.method}` does not work on causal language models; these do: {', '.join(LANGUAGE_METHODS)}",
+            )
+    if spec.accept.accuracy_drop_max is not None:
+        raise SpecError(
+            "accept.accuracy_drop_max", "a language model has no top-1 accuracy: use perplexity_increase_max"
+        )
+    metrics = spec.evaluation.metrics if spec.evaluation else None
+    if metrics and metrics != ("perplexity",):
+        raise SpecError("evaluation.metrics", "a language model is measured by perplexity alone")
 
 
 def added_bias(layer: Layer, spec: JobSpec) -> bool:
@@ -175,7 +196,7 @@ def _format(
     spec: JobSpec, family: Family, config: Mapping[str, Any], layers: tuple[Layer, ...]
 ) -> tuple[_WRITTEN, Family]:
     """The format that can hold the result and the family it is written as. Raises SpecError."""
-    wanted = resolve_format(spec.format, spec.weight_step, spec.compensation)
+    wanted = resolve_format(spec.format, spec)
     adds = any(added_bias(layer, spec) for layer in layers)
     reason = _unfit(wanted, family, config, layers, spec.weight_step, adds)
     if reason and spec.format != "auto":

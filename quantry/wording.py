@@ -3,22 +3,84 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
-from quantry.contract import BiasCompensationStep, GptqStep, JobSpec, RtnStep
+from quantry.contract import (
+    ActivationGrid,
+    BiasCompensationStep,
+    BitOperations,
+    DatasetRead,
+    GptqStep,
+    IgqStep,
+    JobSpec,
+    RtnStep,
+    SmoothquantStep,
+    SoftmaxBiasStep,
+    Step,
+    UniformStep,
+)
 
-_UNITS = ("B", "kB", "MB", "GB", "TB")
-_METHODS = {"rtn": "RTN", "gptq": "GPTQ"}
+_BYTES = ("B", "kB", "MB", "GB", "TB")
+_COUNTS = ("", "k", "M", "G", "T", "P")
+_ACCURACIES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
+_METRICS = {**_ACCURACIES, "kl": "KL divergence, nats"}
+
+
+@dataclass(frozen=True)
+class MethodName:
+    """What a method is called, who published it, and its number on arXiv."""
+
+    name: str
+    authors: str = ""
+    arxiv: str = ""
+
+    @property
+    def citation(self) -> str:
+        """`Frantar et al. 2022, arXiv:2210.17323`; nothing for what nobody published."""
+        return f"{self.authors}, arXiv:{self.arxiv}" if self.arxiv else ""
+
+    @property
+    def url(self) -> str | None:
+        return f"https://arxiv.org/abs/{self.arxiv}" if self.arxiv else None
+
+
+METHODS = {
+    "rtn": MethodName("RTN"),
+    "gptq": MethodName("GPTQ", "Frantar et al. 2022", "2210.17323"),
+    "uniform": MethodName("uniform activations"),
+    "ptq4vit": MethodName("PTQ4ViT", "Yuan et al. 2022", "2111.12293"),
+    "repq": MethodName("RepQ-ViT", "Li et al. 2023", "2212.08254"),
+    "adalog": MethodName("AdaLog", "Wu et al. 2024", "2407.12951"),
+    "igq": MethodName("IGQ-ViT", "Moon et al. 2024", "2404.00928"),
+    "smoothquant": MethodName("SmoothQuant", "Xiao et al. 2022", "2211.10438"),
+    "bias_compensation": MethodName("bias compensation", "Gong et al. 2024", "2404.01892"),
+    "softmax_bias": MethodName("softmax bias correction", "Pandey et al. 2023", "2309.01729"),
+}
 
 
 def bytes_text(count: float) -> str:
     """Bytes in decimal units with three digits: 4.05 MB."""
+    return _scaled(count, _BYTES)
+
+
+def operations_text(count: float) -> str:
+    """A large count with three digits and a prefix: 281 G."""
+    return _scaled(count, _COUNTS)
+
+
+def overhead_text(operations: BitOperations) -> str:
+    """What is found at run time, as a share of the products: 2.49 %."""
+    return f"{100 * operations.overhead / operations.base:.2f} %"
+
+
+def _scaled(count: float, units: tuple[str, ...]) -> str:
     value = float(count)
-    for unit in _UNITS:
-        if abs(value) < 999.5 or unit == _UNITS[-1]:
+    for unit in units:
+        if abs(value) < 999.5 or unit == units[-1]:
             break
         value /= 1000
-    whole = unit == "B" or abs(value) >= 999.5
-    return f"{value:,.0f} {unit}" if whole else f"{value:.3g} {unit}"
+    whole = unit == units[0] or abs(value) >= 999.5
+    return (f"{value:,.0f} {unit}" if whole else f"{value:.3g} {unit}").rstrip()
 
 
 def seconds_text(seconds: float) -> str:
@@ -52,10 +114,52 @@ def change_text(value: float | None, base: float | None) -> str:
     change = 100 * (value - base) / abs(base)
     if change != change or abs(change) == float("inf"):
         return ""
-    return f"{change:+.2f} %" if abs(change) < 100 else f"{change:+,.0f} %"
+    return _signed(f"{change:+.2f} %" if abs(change) < 100 else f"{change:+,.0f} %")
 
 
-def recipe_text(recipe: Iterable[RtnStep | GptqStep | BiasCompensationStep]) -> str:
+def metric_text(metric: str) -> str:
+    """A metric in words: perplexity, top-1 accuracy, KL divergence in nats."""
+    return _METRICS.get(metric, metric)
+
+
+def higher_is_better(metric: str) -> bool:
+    return metric in _ACCURACIES
+
+
+def figure_text(metric: str, value: float | None) -> str:
+    """A measured figure as its metric is printed: accuracies, shares in [0, 1], as 97.54 %."""
+    if value is None:
+        return "–"
+    if metric in _ACCURACIES:
+        return f"{100 * value:.2f} %"
+    return f"{value:.4g}" if metric == "kl" else number_text(value)
+
+
+def figure_change_text(metric: str, value: float | None, base: float | None) -> str:
+    """The change of a figure: of an accuracy in points, −0.31 points; of anything else in per cent."""
+    if metric not in _ACCURACIES:
+        return change_text(value, base)
+    if value is None or base is None:
+        return ""
+    points = round(100 * (value - base), 2) + 0.0  # no minus before a zero
+    return _signed(f"{points:+.2f} points")
+
+
+def samples_text(metric: str, samples: int) -> str:
+    """What a figure was measured on: 412 windows of text, 1,000 images."""
+    noun = "window" if metric == "perplexity" else "image"
+    return f"{samples:,} {noun}{'' if samples == 1 else 's'}"
+
+
+def contents_text(dataset: DatasetRead) -> str:
+    """What an upload holds: 3 documents, 12,345 characters; or 1,297 images, 10 classes."""
+    if dataset.images is None:
+        return f"{dataset.documents:,} documents, {dataset.characters:,} characters"
+    labels = "no labels" if dataset.classes is None else f"{dataset.classes:,} classes"
+    return f"{dataset.images:,} images, {labels}"
+
+
+def recipe_text(recipe: Iterable[Step]) -> str:
     """A recipe in one line: `GPTQ 4 bits, groups of 128 + bias compensation`."""
     return " + ".join(_step_text(step) for step in recipe)
 
@@ -65,12 +169,27 @@ def spec_text(spec: JobSpec) -> str:
     return f"{spec.model.id}: {recipe_text(spec.recipe)}"
 
 
-def _step_text(step: RtnStep | GptqStep | BiasCompensationStep) -> str:
+def _step_text(step: Step) -> str:
+    name = METHODS[step.method].name
     if isinstance(step, BiasCompensationStep):
-        return "bias compensation" + (" per position" if step.granularity == "position_channel" else "")
-    words = [f"{_METHODS[step.method]} {step.bits} bits"]
-    if step.group_size:
-        words.append(f"groups of {step.group_size}")
-    if not step.symmetric:
-        words.append("asymmetric")
+        return name + (" per position" if step.granularity == "position_channel" else "")
+    if isinstance(step, SoftmaxBiasStep):
+        return name
+    words = [f"{name} {step.bits} bits"]
+    if isinstance(step, RtnStep | GptqStep):
+        if step.group_size:
+            words.append(f"groups of {step.group_size}")
+        if not step.symmetric:
+            words.append("asymmetric")
+    elif isinstance(step, IgqStep):
+        words.append(f"{step.groups} groups")
+    elif isinstance(step, UniformStep | SmoothquantStep):
+        words.append(f"per {step.granularity}")
+    if isinstance(step, ActivationGrid) and step.softmax_bits:
+        words.append(f"softmax {step.softmax_bits} bits")
     return ", ".join(words)
+
+
+def _signed(text: str) -> str:
+    """With a minus sign as print has it."""
+    return text.replace("-", "−")

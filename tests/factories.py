@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from quantry.vision import VISION_FAMILIES
 
 CHARACTERS = "\n !\"'(),-.:;?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW"
 _SMALL = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
@@ -51,6 +54,55 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     },
     "gpt_neox": {"model_type": "gpt_neox", **_SMALL, "num_attention_heads": 4, "max_position_embeddings": 64},
 }
+
+_IMAGES = {"image_size": 16, "num_channels": 3, "num_labels": 5}
+_VIT = {
+    **_IMAGES,
+    "patch_size": 4,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+}
+CLASSIFIERS: dict[str, dict[str, Any]] = {
+    "vit": _VIT,
+    "deit": _VIT,
+    "dinov2": {**_VIT, "intermediate_size": None, "mlp_ratio": 2},
+    # windows of 2x2 patches, so that the second block of the first stage shifts them
+    "swin": {
+        **_IMAGES,
+        "patch_size": 2,
+        "embed_dim": 16,
+        "depths": [2, 1],
+        "num_heads": [2, 4],
+        "window_size": 2,
+        "mlp_ratio": 2,
+    },
+}
+
+
+def write_classifier(folder: Path, name: str, **changes: Any) -> Path:
+    """A model of CLASSIFIERS with lively random weights, saved as transformers saves it, with an image processor."""
+    torch.manual_seed(0)
+    known = {key: value for key, value in {**CLASSIFIERS[name], **changes}.items() if value is not None}
+    config = CONFIG_MAPPING[name](**known)
+    model = getattr(transformers, VISION_FAMILIES[name].architecture)(config).eval()
+    for parameter in model.parameters():
+        noise = torch.randn_like(parameter) * 0.15
+        parameter.data = parameter.data + noise if parameter.dim() == 1 else noise
+    model.save_pretrained(folder)
+    size = {"height": known["image_size"], "width": known["image_size"]}
+    processor = {
+        "image_processor_type": "ViTImageProcessor",
+        "do_normalize": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.5] * known["num_channels"],
+        "image_std": [0.5] * known["num_channels"],
+        "size": size,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder
 
 
 def write_checkpoint(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
 from quantry.contract import BiasCompensationStep, GptqStep, RtnStep
-from quantry.families import block_bias_layer
-from quantry.quantizers.affine import QuantizedLayer
+from quantry.layers.operands import attach, set_probability_bias
+from quantry.quantizers.activation import ActivationQuantizer
+from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
 from worker.calibration.walk import Passage, passage
+from worker.errors import CalibrationError
+from worker.memory import release_memory
 from worker.methods.bias_compensation import channel_bias, position_bias
-from worker.models.causal_lm import CausalLM, run_block
-from worker.steps import WEIGHT_STEPS, needs_statistics
+from worker.models.calls import run_block
+from worker.models.network import Network, as_tokens, join
+from worker.steps import WEIGHT_STEPS, WeightResult, needs_statistics
 
 
 @dataclass
@@ -31,17 +36,57 @@ class QuantizedBlock:
     damping: dict[str, float]
 
 
+@dataclass(frozen=True)
+class Dressing:
+    """The activation quantizers of a network and its softmax corrections.
+
+    quantizers: by place, `<layer>.input` or `<attention>.query` and so on, full names. probability_bias:
+    (H, 1, 1) or (1, 1, 1) by attention module.
+    """
+
+    quantizers: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
+    probability_bias: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def dress(self, prefix: str, module: nn.Module) -> None:
+        """Attach copies of what belongs to the block whose names start with `prefix`."""
+        names = dict(module.named_modules())
+        device = next(module.parameters()).device
+        for place, quantizer in self.quantizers.items():
+            inside = _inside(prefix, place)
+            if inside is not None and inside.rpartition(".")[0] in names:
+                attach(module, inside, copy.deepcopy(quantizer).to(device))
+        for attention, bias in self.probability_bias.items():
+            inside = _inside(prefix, attention)
+            if inside is not None and inside in names:
+                set_probability_bias(module, inside, bias.to(device))
+
+
+def _inside(prefix: str, name: str) -> str | None:
+    """The name without the block's prefix; None where it is another block's."""
+    if not prefix:
+        return name
+    return name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else None
+
+
 class BlockQuantizer:
-    """The recipe of a job, applied to one block after the other. positions: tokens of a calibration window."""
+    """The recipe of a job, applied to one block after the other.
+
+    positions: tokens of a calibration window, for models whose layers see them flattened. dressing: what
+    quantizes the activations. chosen: weights whose grid the activation method found itself.
+    """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Network,
         step: RtnStep | GptqStep,
         compensation: BiasCompensationStep | None,
-        positions: int,
+        positions: int | None,
+        dressing: Dressing | None = None,
+        chosen: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
         self.model, self.step, self.compensation, self.positions = model, step, compensation, positions
+        self.dressing = dressing or Dressing()
+        self.chosen = chosen or {}
 
     @property
     def wants_statistics(self) -> bool:
@@ -61,18 +106,22 @@ class BlockQuantizer:
         given: what the quantized prefix computes. floating: what the float prefix computes.
         """
         block = QuantizedBlock({}, copy.deepcopy(original), {}, {})
+        self.dressing.dress(self.model.prefix(index), block.module)
         late: dict[str, Tensor] = {}
+        groups = self.model.groups(index)
+        passages = self._passages(index, original, block, given, floating)
         if self.sequential:
-            passages = self._passages(index, original, block, given, floating)
-            for group in self.model.family.groups:
-                self._quantize_group(index, group, self._gather(index, group, *passages), block, late)
+            for group in groups:
+                statistics = self._gather(index, block.module, group, *passages)
+                release_memory()
+                self._quantize_group(index, group, statistics, block, late)
+                del statistics
         else:
-            passages = self._passages(index, original, block, given, floating)
-            ahead = [self._gather(index, group, *passages) for group in self.model.family.groups]
+            ahead = [self._gather(index, block.module, group, *passages) for group in groups]
             for done in passages:
                 if done is not None:
                     done.close()
-            for group, statistics in zip(self.model.family.groups, ahead, strict=True):
+            for group, statistics in zip(groups, ahead, strict=True):
                 self._quantize_group(index, group, statistics, block, late)
             passages = self._passages(index, original, block, given, floating)
         if passages[0] is not None:
@@ -80,14 +129,24 @@ class BlockQuantizer:
                 pass
         for name, bias in late.items():  # as published: the base quantizer never saw these biases
             self._add_bias(block, name, bias)
-        if floating is not None and passages[1] is not None:
+        if floating is not None and passages[1] is not None and not self._float_leaves:
             self._finish_float(index, block, floating, passages[1])
+        release_memory()
         return block
 
     @property
     def sequential(self) -> bool:
         """Whether the later layers of a block see the earlier ones quantized."""
         return not isinstance(self.step, GptqStep) or self.step.true_sequential
+
+    @property
+    def _published(self) -> bool:
+        return self.compensation is not None and self.compensation.targets == "published"
+
+    @property
+    def _float_leaves(self) -> bool:
+        """Whether the float stream leaves a block as soon as the last group of layers has seen its inputs."""
+        return self.sequential and not self._published
 
     def _passages(
         self,
@@ -97,9 +156,8 @@ class BlockQuantizer:
         given: Stream | None,
         floating: Stream | None,
     ) -> tuple[Passage | None, Passage | None]:
-        family = self.model.family
-        stops = [group[0] for group in family.groups]
-        columns = max(self.model.columns(f"{family.blocks}.{index}.{name}") for name in stops)
+        stops = [group[0] for group in self.model.groups(index)]
+        columns = max(self.model.columns(join(self.model.prefix(index), name)) for name in stops)
         pairs = ((block.module, given), (original, floating))
         first, second = (
             passage(module, [module.get_submodule(n) for n in stops], stream, index, columns)
@@ -110,27 +168,43 @@ class BlockQuantizer:
         return first, second
 
     def _gather(
-        self, index: int, group: tuple[str, ...], given: Passage | None, floating: Passage | None
+        self,
+        index: int,
+        block: nn.Module,
+        group: tuple[str, ...],
+        given: Passage | None,
+        floating: Passage | None,
     ) -> InputStatistics | None:
         """The statistics of the input that the layers of `group` share."""
         if given is None:
             return None
-        name = f"{self.model.family.blocks}.{index}.{group[0]}"
+        name = join(self.model.prefix(index), group[0])
         columns = self.model.columns(name)
-        cross = isinstance(self.step, GptqStep) and self.step.target == "asymmetric"
-        positions = self.positions if self._per_position else None
-        statistics = InputStatistics.zeros(
-            columns,
+        statistics: InputStatistics | None = None
+        leave = self._float_leaves and group is self.model.groups(index)[-1]
+        floats = repeat(None) if floating is None else floating.inputs(leave=leave)
+        for x_f, x_q in zip(floats, given.inputs(), strict=False):  # floats first: the last batch leaves, too
+            tokens = [None if x is None else self._tokens(block, group[0], x, columns) for x in (x_q, x_f)]
+            assert tokens[0] is not None
+            statistics = statistics or self._statistics(tokens[0])
+            statistics.update(tokens[0], tokens[1])
+        if statistics is None:
+            raise CalibrationError(f"calibration gave {name} no token: give more windows")
+        return statistics.mean(name)
+
+    def _tokens(self, block: nn.Module, name: str, x: Tensor, columns: int) -> Tensor:
+        if self.positions is not None:  # OPT runs its MLP on (tokens, width)
+            return x.view(-1, self.positions, columns)
+        return as_tokens(block.get_submodule(name), x)
+
+    def _statistics(self, x: Tensor) -> InputStatistics:
+        return InputStatistics.zeros(
+            x.shape[-1],
             hessian=needs_statistics(self.step),
-            cross=cross,
-            positions=positions,
+            cross=isinstance(self.step, GptqStep) and self.step.target == "asymmetric",
+            positions=x.shape[1] if self._per_position else None,
             device=self.model.device,
         )
-        floats = repeat(None) if floating is None else floating.inputs()
-        for x_q, x_f in zip(given.inputs(), floats, strict=False):
-            shape = (-1, self.positions, columns)  # OPT runs its MLP on (tokens, width)
-            statistics.update(x_q.view(shape), None if x_f is None else x_f.view(shape))
-        return statistics.mean(name)
 
     def _quantize_group(
         self,
@@ -140,18 +214,21 @@ class BlockQuantizer:
         block: QuantizedBlock,
         late: dict[str, Tensor],
     ) -> None:
-        prefix = f"{self.model.family.blocks}.{index}"
-        weights = [self.model.weight(f"{prefix}.{name}") for name in group]
-        result = WEIGHT_STEPS[type(self.step)](weights, statistics, self.step)
-        for name, weight, quantized in zip(group, weights, result.weights, strict=True):
-            block.layers[name] = QuantizedLayer(quantized, self.model.bias(f"{prefix}.{name}"))
+        full = [join(self.model.prefix(index), name) for name in group]
+        weights = [self.model.weight(name) for name in full]
+        if all(name in self.chosen for name in full):
+            result = WeightResult([self.chosen[name] for name in full])
+        else:
+            result = WEIGHT_STEPS[type(self.step)](weights, statistics, self.step)
+        for name, path, weight, quantized in zip(group, full, weights, result.weights, strict=True):
+            block.layers[name] = QuantizedLayer(quantized, self.model.bias(path))
             if result.damping is not None:
                 block.damping[name] = result.damping
             install(block.module, name, block.layers[name])
             if self.compensation is None or statistics is None:
                 continue
             bias = self._compensation(weight, quantized.dequantize(), statistics)
-            if self.compensation.targets == "published":
+            if self._published:
                 late[name] = bias
             else:
                 self._add_bias(block, name, bias)
@@ -163,8 +240,7 @@ class BlockQuantizer:
     def _compensation(self, w: Tensor, w_q: Tensor, statistics: InputStatistics) -> Tensor:
         """The bias to add: (out,), or (positions, out)."""
         assert self.compensation is not None
-        published = self.compensation.targets == "published"
-        given = statistics.sum_f if published else statistics.sum_q
+        given = statistics.sum_f if self._published else statistics.sum_q
         compute = position_bias if self._per_position else channel_bias
         return compute(w, w_q, statistics.sum_f, given)
 
@@ -184,10 +260,10 @@ class BlockQuantizer:
 
     def _finish_float(self, index: int, block: QuantizedBlock, floating: Stream, floats: Passage) -> None:
         """Move the float stream on; as published, fit the block's own output bias on float inputs on the way."""
-        published = self.compensation is not None and self.compensation.targets == "published"
-        layer = block_bias_layer(self.model.family, self.model.config.to_dict()) if published else None
+        layer = self.model.output_layer(index) if self._published else None
         axes = (0,) if self._per_position else (0, 1)
         total: Tensor | None = None
+        count = 0
         for where, states, out in floats.finish():
             if layer is None:
                 continue
@@ -196,8 +272,8 @@ class BlockQuantizer:
                 axes, dtype=torch.float64
             )
             total = error if total is None else total + error
+            count += len(out) if self._per_position else out[..., 0].numel()
         if layer is not None and total is not None:
-            count = len(floating.hidden) if self._per_position else floating.tokens.numel()
             self._add_bias(block, layer, (total / count).float())
 
 
@@ -206,9 +282,7 @@ def install(module: nn.Module, name: str, layer: QuantizedLayer) -> None:
     linear = module.get_submodule(name)
     assert isinstance(linear.weight, Tensor)
     weight = layer.weight.dequantize()
-    linear.weight.copy_(
-        weight if linear.weight.shape == weight.shape and not _is_conv1d(linear) else weight.T
-    )
+    linear.weight.copy_(weight.T if _is_conv1d(linear) else weight.view(linear.weight.shape))
     if layer.bias is not None:
         bias = layer.bias.to(linear.weight.dtype)
         linear.bias = nn.Parameter(bias, requires_grad=False)
@@ -216,7 +290,12 @@ def install(module: nn.Module, name: str, layer: QuantizedLayer) -> None:
         del linear._forward_hooks[hook]
     if layer.position_bias is not None:
         shift = layer.position_bias.to(linear.weight.dtype)
-        linear.register_forward_hook(lambda _m, _i, out: (out.view(-1, *shift.shape) + shift).view_as(out))
+        if isinstance(linear, nn.Conv2d):  # (images, out, rows, columns): positions are patches
+            linear.register_forward_hook(lambda _m, _i, out: out + shift.T.reshape(out.shape[1:]))
+        else:
+            linear.register_forward_hook(
+                lambda _m, _i, out: (out.view(-1, *shift.shape) + shift).view_as(out)
+            )
 
 
 def _is_conv1d(linear: nn.Module) -> bool:

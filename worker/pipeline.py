@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 import quantry
 from quantry.contract import (
+    BitOperations,
     CostReport,
     JobSpec,
     Manifest,
@@ -30,18 +31,27 @@ from quantry.contract import (
     Succeeded,
 )
 from quantry.costs import estimate
+from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
+from quantry.quantizers.grouped import GroupedQuantizer
+from quantry.vision_planning import VisionPlan, estimate_vision
+from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore
 from worker.export import export, write_manifest, write_model_card
+from worker.export.quantry_format import Operands
 from worker.export.verify import verify
+from worker.export.vision import write_vision
+from worker.methods.bops import count, model_products
 from worker.models.causal_lm import CausalLM
 from worker.models.source import check_folder
+from worker.models.vision import VisionModel
 from worker.prepare import Prepared, prepare
 from worker.progress import Progress
 from worker.report import write_report
 from worker.sweep import BlockSweep, SweepResult
 from worker.workspace import Workspace
 
+REFERENCE_IMAGES = 4
 REFERENCE = (2, 64)  # windows and tokens of the batch on which the written checkpoint must agree
 
 
@@ -50,18 +60,26 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
     began = time.perf_counter(), time.process_time()
     if workspace.threads is not None:
         torch.set_num_threads(workspace.threads)
+    torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     job = prepare(spec, workspace, progress)
+    store = BlockStore(workspace.checkpoints, job.fingerprint)
+    found = calibrate_activations(job.model, job.spec, job.calibration, progress)
     sweep = BlockSweep(
         job.model,
         job.spec,
-        BlockStore(workspace.checkpoints, job.fingerprint),
+        store,
         progress,
         job.calibration,
         job.evaluation,
+        job.judge,
+        dressing=found.dressing,
+        nearest=found.nearest,
+        chosen=found.chosen,
+        baseline=found.baseline,
     )
     result = sweep.run()
     with _whole_or_gone(workspace.artifact):
-        report, manifest = _package(job, sweep, result, workspace, progress, began)
+        report, manifest = _package(job, sweep, result, found, workspace, progress, began)
     missed = _gate(spec, report.quality)
     if missed:
         return Rejected(report=report, manifest=manifest, detail=missed)
@@ -82,6 +100,7 @@ def _package(
     job: Prepared,
     sweep: BlockSweep,
     result: SweepResult,
+    found: Activations,
     workspace: Workspace,
     progress: Progress,
     began: tuple[float, float],
@@ -89,11 +108,11 @@ def _package(
     """Write the checkpoint, prove that it loads, and put the report beside it."""
     spec = job.spec
     progress.stage(State.PACKAGING, "writing the checkpoint", 0, 3)
-    written = _export(job, sweep.store, workspace.artifact)
+    written = _export(job, sweep, workspace.artifact)
     progress.advance(1, 3, "reloading the checkpoint in a clean process")
     verification = _verify(job, sweep, workspace)
     progress.advance(2, 3, "writing the report")
-    report = _report(job, sweep.store, result, workspace, verification, began)
+    report = _report(job, sweep, result, found, workspace, verification, began)
     write_report(workspace.artifact, report)
     write_model_card(
         workspace.artifact,
@@ -112,17 +131,32 @@ def _package(
     return report, manifest
 
 
-def _export(job: Prepared, store: BlockStore, target: Path) -> Manifest:
+def _export(job: Prepared, sweep: BlockSweep, target: Path) -> Manifest:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
+    layers = sweep.store.layers(job.model)
+    if isinstance(job.model, VisionModel):
+        return write_vision(
+            job.folder,
+            target,
+            network=job.model.network,
+            layers=layers,
+            quantizers=sweep.dressing.quantizers,
+            probability_bias=sweep.dressing.probability_bias,
+            recipe=job.spec.recipe,
+            base_model=job.spec.model.id,
+        )
+    assert isinstance(job.plan, Plan)
+    assert isinstance(job.model, CausalLM)
     return export(
         job.folder,
         target,
         format=job.plan.format,
         config=check_folder(job.folder),
         family=job.plan.family,
-        layers=store.layers(job.plan.family.blocks, len(job.model.blocks)),
+        layers=layers,
         kept=job.model.kept(),
+        operands=Operands(sweep.dressing.quantizers, sweep.dressing.probability_bias),
         recipe=job.spec.recipe,
         base_model=job.spec.model.id,
     )
@@ -130,17 +164,33 @@ def _export(job: Prepared, store: BlockStore, target: Path) -> Manifest:
 
 def _verify(job: Prepared, sweep: BlockSweep, workspace: Workspace) -> dict[str, float | str]:
     """Reload the artifact as a user would, in a clean process, and compare logits in float32."""
-    tokens = _reference_tokens(job)
-    exact = CausalLM(job.folder, device=torch.device("cpu"), dtype=torch.float32)
-    reference = BlockSweep(exact, job.spec, sweep.store, sweep.progress, None, None).reference_logits(tokens)
+    name, inputs, reference = _reference(job, sweep)
     with tempfile.TemporaryDirectory(
         dir=workspace.artifact
     ) as folder:  # goes with the attempt, whatever happens
         path = Path(folder) / "reference.safetensors"
-        safetensors.torch.save_file(
-            {"input_ids": tokens.contiguous(), "logits": reference.contiguous()}, path
-        )
+        safetensors.torch.save_file({name: inputs.contiguous(), "logits": reference.contiguous()}, path)
         return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
+
+
+def _reference(job: Prepared, sweep: BlockSweep) -> tuple[str, Tensor, Tensor]:
+    """A batch, what transformers calls it, and the quantized network's logits for it in float32."""
+    if isinstance(job.model, VisionModel):
+        images = job.calibration if job.evaluation is None else job.evaluation
+        assert images is not None
+        chosen = images[:REFERENCE_IMAGES].cpu()
+        with job.model.on(torch.device("cpu")):  # where it is reloaded: another device's rounding flips codes
+            return "pixel_values", chosen, sweep.reference(chosen).float()
+    assert isinstance(job.model, CausalLM)
+    tokens = _reference_tokens(job)
+    exact = CausalLM(
+        job.folder, device=torch.device("cpu"), dtype=torch.float32, attention=job.model.attention_kind
+    )
+    exact.smooth_like(job.model)
+    again = BlockSweep(
+        exact, job.spec, sweep.store, sweep.progress, None, None, job.judge, dressing=sweep.dressing
+    )
+    return "input_ids", tokens, exact.head(tokens, again.reference(tokens)).float()
 
 
 def _reference_tokens(job: Prepared) -> Tensor:
@@ -148,6 +198,7 @@ def _reference_tokens(job: Prepared) -> Tensor:
     windows, length = REFERENCE
     tokens = job.calibration if job.evaluation is None else job.evaluation
     if tokens is None:
+        assert isinstance(job.model, CausalLM)
         size = job.model.model.get_input_embeddings().num_embeddings
         return torch.randint(size, REFERENCE, generator=torch.Generator().manual_seed(0))
     if job.spec.compensation and job.spec.compensation.granularity == "position_channel":
@@ -157,13 +208,13 @@ def _reference_tokens(job: Prepared) -> Tensor:
 
 def _report(
     job: Prepared,
-    store: BlockStore,
+    sweep: BlockSweep,
     result: SweepResult,
+    found: Activations,
     workspace: Workspace,
     verification: dict[str, float | str],
     began: tuple[float, float],
 ) -> Report:
-    blocks = job.plan.family.blocks
     ladder = [
         f"{layer.name}: damping raised to {layer.damping:g}"
         for layer in result.layers
@@ -173,9 +224,11 @@ def _report(
         job=workspace.job,
         spec=job.spec,
         quality=_quality(job, result),
-        size=_size(job, store.layers(blocks, len(job.model.blocks)), workspace.artifact),
+        size=_size(job, sweep, workspace.artifact),
         layers=result.layers,
         blocks=result.blocks,
+        operands=found.operands,
+        bit_operations=_bit_operations(job, sweep),
         cost=_cost(job, result, began),
         estimate=_estimate(job),
         environment=_environment(job),
@@ -194,21 +247,44 @@ def _raised(job: Prepared, damping: float | None) -> bool:
 def _quality(job: Prepared, result: SweepResult) -> tuple[QualityRow, ...]:
     if job.evaluation is None:
         return ()
-    values = result.perplexity
-    row = QualityRow(
-        metric="perplexity",
-        dataset=job.evaluation_name,
-        samples=len(job.evaluation),
-        fp=values.get("fp"),
-        rtn=values.get("rtn"),
-        quantized=values["quantized"],
+    samples = len(job.evaluation)
+    return tuple(
+        QualityRow(
+            metric=metric,
+            dataset=job.evaluation_name,
+            samples=samples,
+            fp=values.get("fp"),
+            rtn=values.get("rtn"),
+            quantized=values["quantized"],
+        )
+        for metric, values in result.quality.items()
     )
-    return (row,)
 
 
-def _size(job: Prepared, layers: Iterable[tuple[str, QuantizedLayer]], artifact: Path) -> SizeReport:
+def _bit_operations(job: Prepared, sweep: BlockSweep) -> BitOperations | None:
+    """Of one image through a classifier whose activations are quantized."""
+    step = job.spec.activation_step
+    if step is None or not isinstance(job.model, VisionModel):
+        return None
+    shape = None if job.calibration is None else tuple(job.calibration.shape[1:])
+    groups = {
+        name: quantizer.groups
+        for name, quantizer in sweep.dressing.quantizers.items()
+        if isinstance(quantizer, GroupedQuantizer)
+    }
+    found = count(
+        model_products(job.model, shape),
+        groups,
+        weight_bits=job.spec.weight_step.bits,
+        bits=step.bits,
+        softmax_bits=getattr(step, "softmax_bits", None),
+    )
+    return BitOperations(base=found.base, overhead=found.overhead)
+
+
+def _size(job: Prepared, sweep: BlockSweep, artifact: Path) -> SizeReport:
     bits = weights = added = 0
-    for _, layer in layers:
+    for _, layer in sweep.store.layers(job.model):
         bias = _added_bytes(layer)
         bits += layer.weight.storage_bits() + 8 * bias
         weights += layer.weight.codes.numel()
@@ -243,13 +319,17 @@ def _cost(job: Prepared, result: SweepResult, began: tuple[float, float]) -> Cos
 
 
 def _estimate(job: Prepared) -> dict[str, object]:
+    names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
+    cuda = job.model.device.type == "cuda"
+    if isinstance(job.plan, VisionPlan):
+        guess = estimate_vision(job.plan, threads=torch.get_num_threads(), cuda=cuda)
+        return guess.model_dump(mode="json", include=names)
     found = estimate(
         job.plan,
         threads=torch.get_num_threads(),
-        cuda=job.model.device.type == "cuda",
+        cuda=cuda,
         evaluation_bytes=None if job.evaluation is None else 4 * job.evaluation.numel(),
     )
-    names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
     return found.model_dump(mode="json", include=names)
 
 
@@ -267,11 +347,18 @@ def _environment(job: Prepared) -> dict[str, str]:
 
 def _gate(spec: JobSpec, quality: tuple[QualityRow, ...]) -> str | None:
     """Why the result misses the quality gate of the job, or None."""
-    limit = spec.accept.perplexity_increase_max
-    if limit is None:
-        return None
+    limit, drop = spec.accept.perplexity_increase_max, spec.accept.accuracy_drop_max
     for row in quality:
-        if row.fp is not None and row.quantized is not None and row.quantized > row.fp * (1 + limit):
+        if row.fp is None or row.quantized is None:
+            continue
+        if drop is not None and row.metric == "top1" and row.quantized < row.fp - drop:
+            return (
+                f"top1 on {row.dataset} fell by {100 * (row.fp - row.quantized):.2f} points, "
+                f"{100 * drop:.2f} are accepted (accept.accuracy_drop_max)"
+            )
+        if limit is None or row.metric != "perplexity":
+            continue
+        if row.quantized > row.fp * (1 + limit):
             return (
                 f"{row.metric} on {row.dataset} rose by {row.quantized / row.fp - 1:.2%}, "
                 f"{limit:.2%} is accepted (accept.perplexity_increase_max)"

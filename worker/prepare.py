@@ -13,12 +13,20 @@ from torch import Tensor
 
 import quantry
 from quantry.contract import JobSpec, SpecError, State
+from quantry.layers.operands import ATTENTION
 from quantry.planning import Plan, plan
+from quantry.vision import is_vision
+from quantry.vision_planning import VisionPlan, plan_vision
+from worker.calibration.images import ImageSet, calibration_images, check_labels, load_images, pixels
+from worker.calibration.images import overlap as overlap_of_images
 from worker.calibration.texts import calibration_windows, cut_windows, load_text, overlap, tokenize
-from worker.errors import DatasetError, DeviceError, RecipeError
+from worker.errors import DatasetError, DeviceError, ModelError, RecipeError
+from worker.metrics.quality import ClassifierJudge, Judge, PerplexityJudge
 from worker.models.causal_lm import CausalLM
+from worker.models.network import Network
 from worker.models.source import check_folder, resolve
 from worker.models.tensors import read_headers, shard_files
+from worker.models.vision import VisionModel
 from worker.progress import Progress
 from worker.steps import needs_statistics
 from worker.workspace import Workspace
@@ -29,39 +37,116 @@ SMALL_MODEL = 20_000_000  # parameters; below, float32 costs nothing and keeps e
 
 @dataclass
 class Prepared:
-    """A job whose model and texts are at hand and were checked."""
+    """A job whose model and data are at hand and were checked.
+
+    calibration, evaluation: token windows, or pixels. dressing, nearest, chosen, operands: what the recipe's
+    activation step found, see `worker.sweep`.
+    """
 
     spec: JobSpec
-    plan: Plan
+    plan: Plan | VisionPlan
     folder: Path
-    model: CausalLM
+    model: Network
     calibration: Tensor | None
     evaluation: Tensor | None
     evaluation_name: str
+    judge: Judge
     fingerprint: str
     warnings: list[str] = field(default_factory=list)
 
 
 def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared:
-    """Resolve the model, plan the job, read the texts, cut and check the windows."""
+    """Resolve the model, plan the job, read the data, cut and check what will be used of it."""
     progress.stage(State.PREPARING, "resolving the model")
     folder = resolve(spec.model, workspace)
     tensors = {name: info for shard in read_headers(folder).values() for name, info in shard.items()}
+    config = check_folder(folder)
     try:
-        planned = plan(spec, check_folder(folder), tensors)
+        planned = plan_vision(spec, config, tensors) if is_vision(config) else plan(spec, config, tensors)
     except SpecError as error:
         raise RecipeError(f"{error.path}: {error.detail}") from error
     device = _device(spec, workspace)
-    dtype = compute_dtype(spec, planned, device)
-    model = CausalLM(folder, device=device, dtype=dtype)
+    if isinstance(planned, VisionPlan):
+        return _classifier(planned, folder, device, workspace, progress)
+    return _language_model(planned, folder, device, workspace, progress)
+
+
+def _language_model(
+    planned: Plan, folder: Path, device: torch.device, workspace: Workspace, progress: Progress
+) -> Prepared:
+    dtype = compute_dtype(planned.spec, planned, device)
+    attention = ATTENTION if planned.spec.softmax_bias else None
+    model = CausalLM(folder, device=device, dtype=dtype, attention=attention)
     progress.stage(State.PREPARING, "reading the texts")
     calibration, evaluation, name, warnings = _windows(planned, model, workspace)
+    return _prepared(
+        planned, folder, model, calibration, evaluation, name, PerplexityJudge(model), warnings, progress
+    )
+
+
+def _classifier(
+    planned: VisionPlan, folder: Path, device: torch.device, workspace: Workspace, progress: Progress
+) -> Prepared:
+    spec = planned.spec
+    model = VisionModel(folder, device=device)
+    progress.stage(State.PREPARING, "reading the images")
+    channels = model.image_shape[0]
+    wanted = spec.calibration
+    images = calibration_images(
+        load_images(wanted.dataset, "calibration", workspace), samples=wanted.samples, seed=wanted.seed
+    )
+    calibration = pixels(images, folder, channels)
+    _check_size(model, calibration)
+    if spec.evaluation is None:
+        judge = ClassifierJudge(torch.empty(0), ())
+        return _prepared(planned, folder, model, calibration, None, "", judge, [], progress)
+    held = load_images(spec.evaluation.dataset, "evaluation", workspace)
+    held = held.take(range(min(len(held), spec.evaluation.samples or len(held))))
+    check_labels(held, model.classes, "evaluation")
+    warnings = _overlapping(images, held, allowed=spec.evaluation.allow_overlap)
+    judge = ClassifierJudge(torch.as_tensor(held.labels), spec.evaluation.metrics or ())
+    evaluation = pixels(held, folder, channels)
+    return _prepared(planned, folder, model, calibration, evaluation, held.name, judge, warnings, progress)
+
+
+def _check_size(model: VisionModel, images: Tensor) -> None:
+    """That the processor makes images of the network's size; DINOv2 takes others. Raises ModelError."""
+    given, wanted = tuple(images.shape[1:]), model.image_shape
+    if given != wanted and model.family.model_type != "dinov2":
+        raise ModelError(
+            f"{model.folder.name}: preprocessor_config.json makes images of {given[1]}x{given[2]}, config.json "
+            f"says {wanted[1]}x{wanted[2]}: make them agree"
+        )
+
+
+def _overlapping(calibration: ImageSet, evaluation: ImageSet, *, allowed: bool) -> list[str]:
+    """A warning for each kind of overlap. Raises DatasetError for more than is allowed."""
+    share = overlap_of_images(calibration, evaluation)
+    if share > OVERLAP_ALLOWED and not allowed:
+        raise DatasetError(
+            f"evaluation: {share:.1%} of {evaluation.name} also stand among the calibration images; evaluate on "
+            "others, or set evaluation.allow_overlap to accept figures that flatter the result"
+        )
+    return [f"{share:.2%} of the evaluation images also stand among the calibration images"] if share else []
+
+
+def _prepared(
+    planned: Plan | VisionPlan,
+    folder: Path,
+    model: Network,
+    calibration: Tensor | None,
+    evaluation: Tensor | None,
+    name: str,
+    judge: Judge,
+    warnings: list[str],
+    progress: Progress,
+) -> Prepared:
     warnings = [*planned.warnings, *warnings]
     for text in warnings:
         progress.event("warning", {"message": text})
     fingerprint = _fingerprint(planned.spec, folder, model, calibration, evaluation)
     return Prepared(
-        planned.spec, planned, folder, model, calibration, evaluation, name, fingerprint, warnings
+        planned.spec, planned, folder, model, calibration, evaluation, name, judge, fingerprint, warnings
     )
 
 
@@ -96,7 +181,7 @@ def _windows(
 def _calibration(planned: Plan, model: CausalLM, workspace: Workspace, tokenizer: Any) -> Tensor | None:
     """The calibration windows; None for a recipe that looks at no data."""
     spec = planned.spec
-    if spec.compensation is None and not needs_statistics(spec.weight_step):
+    if len(spec.recipe) == 1 and not needs_statistics(spec.weight_step):
         return None
     text = load_text(spec.calibration.dataset, "calibration", workspace)
     tokens = tokenize(text, tokenizer, model.start_token)
@@ -137,7 +222,7 @@ def compute_dtype(spec: JobSpec, planned: Plan, device: torch.device) -> torch.d
 
 
 def _fingerprint(
-    spec: JobSpec, folder: Path, model: CausalLM, calibration: Tensor | None, evaluation: Tensor | None
+    spec: JobSpec, folder: Path, model: Network, calibration: Tensor | None, evaluation: Tensor | None
 ) -> str:
     """A digest of everything that the quantized bytes depend on."""
     digest = hashlib.sha256()

@@ -8,22 +8,22 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from quantry.contract import BlockReport, JobSpec, LayerReport, RtnStep, State
-from quantry.quantizers.affine import QuantizedLayer
-from worker.block import BlockQuantizer, QuantizedBlock, install
+from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from worker.block import BlockQuantizer, Dressing, QuantizedBlock, install
 from worker.calibration.store import BlockStore, FinishedBlock
-from worker.calibration.streams import Stream, difference, perplexity
+from worker.calibration.streams import Stream, difference
 from worker.methods.rtn import rtn
 from worker.metrics.layer_error import ErrorSum, layer_errors
-from worker.models.causal_lm import CausalLM
+from worker.metrics.quality import Judge, full_precision
+from worker.models.network import Network, join, linears
 from worker.progress import Progress
 
 
@@ -45,12 +45,16 @@ class Cost:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """perplexity: by stream, `fp`, `rtn` and `quantized`; empty without evaluation."""
+    """quality: by metric and stream, `fp`, `rtn` and `quantized`; empty without evaluation."""
 
     layers: tuple[LayerReport, ...]
     blocks: tuple[BlockReport, ...]
-    perplexity: dict[str, float]
+    quality: dict[str, dict[str, float]]
     cost: Cost
+
+    @property
+    def perplexity(self) -> dict[str, float]:
+        return self.quality.get("perplexity", {})
 
 
 @dataclass
@@ -64,30 +68,44 @@ class BlockSweep:
     """Quantize a model block by block.
 
     Args:
-        calibration: token windows (windows, length); used only if a step looks at data.
-        evaluation: token windows, or None for no evaluation.
+        calibration: token windows (windows, length) or pixels; used only if a step looks at data.
+        evaluation: the same, or None for no evaluation.
+        judge: from the streams that have left the last block to figures by metric and stream.
+        dressing, nearest: what quantizes activations, in the result and in the round-to-nearest network.
+        chosen: weights whose grid the activation step found. baseline: what round-to-nearest starts from,
+            where the activation step has rewritten `model`.
     """
 
     def __init__(
         self,
-        model: CausalLM,
+        model: Network,
         spec: JobSpec,
         store: BlockStore,
         progress: Progress,
         calibration: Tensor | None,
         evaluation: Tensor | None,
+        judge: Judge,
+        *,
+        dressing: Dressing | None = None,
+        nearest: Dressing | None = None,
+        chosen: Mapping[str, QuantizedWeight] | None = None,
+        baseline: Network | None = None,
     ) -> None:
         self.model, self.spec, self.store, self.progress = model, spec, store, progress
-        self.calibration, self.evaluation = calibration, evaluation
-        positions = 0 if calibration is None else calibration.shape[1]
-        self.quantizer = BlockQuantizer(model, spec.weight_step, spec.compensation, positions)
+        self.calibration, self.evaluation, self.judge = calibration, evaluation, judge
+        self.dressing, self.nearest = dressing or Dressing(), nearest or Dressing()
+        self.baseline = baseline or model
+        positions = calibration.shape[1] if calibration is not None and calibration.ndim == 2 else None
+        self.quantizer = BlockQuantizer(
+            model, spec.weight_step, spec.compensation, positions, self.dressing, chosen
+        )
         self.cost = Cost()
 
     @torch.no_grad()
     def run(self) -> SweepResult:
         """Sweep every block, then the head."""
         streams = self._embed()
-        total, done = len(self.model.blocks), self.store.finished()
+        total, done = self.model.count, self.store.finished()
         layers: list[LayerReport] = []
         blocks: list[BlockReport] = []
         self.progress.stage(State.QUANTIZING, f"block {min(done + 1, total)} of {total}", done, total)
@@ -105,38 +123,27 @@ class BlockSweep:
             layers += finished.reports
             blocks.append(finished.report)
         windows = sum(len(stream.tokens) for stream in streams.evaluation.values())
-        self.progress.stage(State.EVALUATING, "perplexity", 0, windows)
-        values: dict[str, float] = {}
-        passed = 0
-        for name, stream in streams.evaluation.items():
-            with self._full_precision(name == "fp"):
-                tell = partial(self._tell, passed, windows)
-                values[name] = perplexity(self.model, stream, tell)
-            passed += len(stream.tokens)
-        return SweepResult(tuple(layers), tuple(blocks), values, self.cost)
-
-    def _tell(self, before: int, total: int, done: int) -> None:
-        self.progress.advance(before + done, total)
+        self.progress.stage(State.EVALUATING, "quality", 0, windows)
+        quality = self.judge(streams.evaluation, self.progress) if streams.evaluation else {}
+        return SweepResult(tuple(layers), tuple(blocks), quality, self.cost)
 
     @torch.no_grad()
-    def reference_logits(self, tokens: Tensor) -> Tensor:
-        """The quantized network's logits for tokens (windows, length), float32, from the stored blocks."""
-        stream = Stream.embed(self.model, tokens)
-        for index in range(len(self.model.blocks)):
+    def reference(self, inputs: Tensor) -> Tensor:
+        """What leaves the last block of the quantized network, from the stored blocks."""
+        stream = Stream.embed(self.model, inputs)
+        for index in range(self.model.count):
             block = self.model.block(index)
+            self.dressing.dress(self.model.prefix(index), block)
             for name, layer in self.store.load(index, self.model.device).layers.items():
                 install(block, name, layer)
             stream.advance(block, index)
-        return self.model.head(tokens, stream.hidden).float()
+        return stream.hidden
 
     @contextmanager
     def _full_precision(self, wanted: bool) -> Iterator[None]:
         """Embeddings and head as the checkpoint has them; else they are as the artifact stores them."""
-        self.model.use_kept(as_stored=not wanted)
-        try:
+        with full_precision(self.model, wanted):
             yield
-        finally:
-            self.model.use_kept(as_stored=True)
 
     def _embed(self) -> _Streams:
         streams = _Streams()
@@ -167,6 +174,7 @@ class BlockSweep:
     ) -> None:
         """Move every stream past a block that an earlier attempt finished."""
         module = copy.deepcopy(original)
+        self.dressing.dress(self.model.prefix(index), module)
         nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
         step = self.spec.compensation
         published = step is not None and step.targets == "published"
@@ -183,7 +191,8 @@ class BlockSweep:
     def _advance_evaluation(
         self, index: int, original: nn.Module, module: nn.Module, nearest: nn.Module | None, streams: _Streams
     ) -> None:
-        for name, block in (("fp", original), ("rtn", nearest), ("quantized", module)):
+        floating = original if self.baseline is self.model else self.baseline.block(index)
+        for name, block in (("fp", floating), ("rtn", nearest), ("quantized", module)):
             if name in streams.evaluation and block is not None:
                 streams.evaluation[name].advance(block, index)
 
@@ -191,9 +200,10 @@ class BlockSweep:
         """The block at the job's bits and groups, each weight to its nearest grid point, ranges unclipped."""
         step = self.spec.weight_step
         plain = RtnStep(bits=step.bits, group_size=step.group_size, symmetric=step.symmetric)
-        module = copy.deepcopy(original)
-        for name in self.model.family.linears:
-            weight = rtn(self.model.weight(f"{self.model.family.blocks}.{index}.{name}"), plain)
+        module = copy.deepcopy(original) if self.baseline is self.model else self.baseline.block(index)
+        self.nearest.dress(self.model.prefix(index), module)
+        for name in linears(self.model, index):
+            weight = rtn(self.baseline.weight(join(self.model.prefix(index), name)), plain)
             install(module, name, QuantizedLayer(weight, None))
         return module
 
@@ -207,8 +217,8 @@ class BlockSweep:
     ) -> tuple[LayerReport, ...]:
         """Every layer's output error on held-out windows where there are some, else on calibration windows."""
         errors = layer_errors(self.model, index, original, block, nearest, streams.evaluation)
-        prefix = f"{self.model.family.blocks}.{index}"
-        return tuple(_layer_report(f"{prefix}.{name}", name, block, errors) for name in block.layers)
+        prefix = self.model.prefix(index)
+        return tuple(_layer_report(join(prefix, name), name, block, errors) for name in block.layers)
 
 
 def _layer_report(

@@ -1,4 +1,4 @@
-"""Texts that users upload, to calibrate on and to evaluate with."""
+"""Texts and images that users upload, to calibrate on and to evaluate with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from starlette.concurrency import run_in_threadpool
 from app import uploads
 from app.api.deps import Reader, Services, ServicesDep, Writer
 from app.api.router import Router, problems
+from app.images import inspect_files
+from app.multipart import MEDIA_TYPE, receive_files
 from app.shared.errors import NotFound
 from quantry.contract import DatasetPage, DatasetRead
 
@@ -41,7 +43,17 @@ DatasetId = Annotated[str, Depends(_dataset_id)]
     openapi_extra={
         "requestBody": {
             "required": True,
-            "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+            "content": {
+                "application/octet-stream": {"schema": {"type": "string", "format": "binary"}},
+                MEDIA_TYPE: {
+                    "schema": {
+                        "type": "object",
+                        "properties": {
+                            "files": {"type": "array", "items": {"type": "string", "format": "binary"}}
+                        },
+                    }
+                },
+            },
         }
     },
 )
@@ -55,20 +67,35 @@ async def upload_dataset(
             min_length=1,
             max_length=255,
             pattern=r"^[^\x00-\x1f\x7f/\\]+$",
-            description="the file's name; .txt, .jsonl or .parquet says its kind",
+            description="the file's name; .txt, .jsonl, .parquet or .npz says its kind. Of files: any",
         ),
     ],
 ) -> Response:
-    """Upload a text as the raw body: UTF-8, JSON lines, or Parquet with a column of strings.
+    """Upload a text as the raw body (UTF-8, JSON lines, or Parquet with a column of strings), or images.
 
-    Streamed to the disk, so its size is bounded by the server's limit, not by its memory. Async for that.
+    Images are an .npz file as the raw body, with `images` and `labels` or `x_train`, `y_train`, `x_test` and
+    `y_test`; or JPEG and PNG files as multipart/form-data, with `labels.csv`, `labels.json` or `labels.txt`.
+    Streamed to the disk, so the size is bounded by the server's limit, not by its memory.
     """
-    file, sha256, size = await uploads.receive(request.stream(), services.storage)
+    kind = request.headers.get("content-type", "")
+    if kind.partition(";")[0].strip().lower() == MEDIA_TYPE:
+        file, sha256, size = await receive_files(request.stream(), kind, services.storage)
+        check = inspect_files
+    else:
+        file, sha256, size = await uploads.receive(request.stream(), services.storage)
+        check = uploads.inspect
 
     def store() -> tuple[DatasetRead, bool]:
         with services.sessions() as session:
             return uploads.store(
-                session, services.storage, file, owner=caller.owner, name=name, sha256=sha256, size=size
+                session,
+                services.storage,
+                file,
+                owner=caller.owner,
+                name=name,
+                sha256=sha256,
+                size=size,
+                check=check,
             )
 
     dataset, new = await run_in_threadpool(store)
@@ -78,14 +105,14 @@ async def upload_dataset(
 
 @router.get("", response_model=DatasetPage)
 def list_datasets(services: ServicesDep, caller: Reader) -> DatasetPage:
-    """The texts of the key's owner, newest first."""
+    """The datasets of the key's owner, newest first."""
     with services.sessions() as session:
         return DatasetPage(items=tuple(uploads.list_datasets(session, owner=caller.owner)))
 
 
 @router.get("/{dataset_id}", response_model=DatasetRead)
 def read_dataset(caller: Reader, dataset_id: DatasetId, services: ServicesDep) -> DatasetRead:
-    """Name, size, digest and number of documents of a text."""
+    """Name, size, digest, and number of documents or images of a dataset."""
     with services.sessions() as session:
         return uploads.get(session, dataset_id, owner=caller.owner)
 
@@ -94,10 +121,10 @@ def read_dataset(caller: Reader, dataset_id: DatasetId, services: ServicesDep) -
     "/{dataset_id}",
     status_code=204,
     response_class=Response,
-    responses={**problems(_409="An unfinished job needs the text")},
+    responses={**problems(_409="An unfinished job needs the dataset")},
 )
 def delete_dataset(caller: Writer, dataset_id: DatasetId, services: ServicesDep) -> Response:
-    """Delete a text. Refused while a job that reads it has not finished."""
+    """Delete a dataset. Refused while a job that reads it has not finished."""
     _delete(services, dataset_id, caller.owner)
     return Response(status_code=204)
 

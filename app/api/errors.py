@@ -18,9 +18,9 @@ from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
+from app.contents import UploadRefused
 from app.intake.errors import HubUnreachable, InputRefused
 from app.shared import errors
-from app.uploads import UploadRefused
 from quantry.contract import SpecError
 
 MEDIA_TYPE = "application/problem+json"

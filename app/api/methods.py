@@ -2,56 +2,126 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
 from fastapi import Response
 
 from app.api.deps import Reader
 from app.api.router import Router
 from quantry.contract import (
+    ACTIVATION_METHODS,
+    WEIGHT_METHODS,
+    AdalogStep,
     BiasCompensationStep,
     GptqStep,
+    IgqStep,
     MethodInfo,
     MethodPage,
+    Ptq4vitStep,
+    RepqStep,
     RtnStep,
+    SmoothquantStep,
+    SoftmaxBiasStep,
+    Step,
+    UniformStep,
 )
 from quantry.families import FAMILIES
+from quantry.planning import LANGUAGE_METHODS
+from quantry.vision import VISION_FAMILIES
+from quantry.vision_planning import VISION_METHODS
+from quantry.wording import METHODS as NAMES
 
 router = Router(prefix="/v1/methods", tags=["methods"])
 
-_FAMILIES = tuple(sorted(FAMILIES))
-_FORMATS = ("compressed-tensors", "gptq", "gguf", "quantry")
+
+@dataclass(frozen=True)
+class Entry:
+    """What the catalog says of a step beyond its class and its name."""
+
+    step: type[Step]
+    title: str
+    cost: Literal["none", "light", "medium", "heavy"]
+    formats: tuple[str, ...] = ("quantry",)  # the only one with a place for every quantizer of activations
+
+
+_WEIGHTS = ("compressed-tensors", "gptq", "gguf", "quantry")
+_ENTRIES = {
+    "rtn": Entry(
+        RtnStep, "Round to nearest: each weight to the nearest point of its grid", "light", _WEIGHTS
+    ),
+    "gptq": Entry(
+        GptqStep,
+        "GPTQ: round column by column, each error made good by the columns that follow",
+        "heavy",
+        _WEIGHTS,
+    ),
+    "uniform": Entry(
+        UniformStep, "Uniform activations: one evenly spaced grid a tensor, or one a token", "light"
+    ),
+    "ptq4vit": Entry(
+        Ptq4vitStep,
+        "PTQ4ViT: twin uniform grids for softmax and GELU, scales searched under the Fisher metric",
+        "heavy",
+    ),
+    "repq": Entry(
+        RepqStep, "RepQ-ViT: channel scales after LayerNorm, folded into one; log grids for softmax", "light"
+    ),
+    "adalog": Entry(AdalogStep, "AdaLog: log grids of searched base for softmax and GELU outputs", "heavy"),
+    "igq": Entry(
+        IgqStep,
+        "IGQ-ViT: each image sorts its channels and softmax rows into groups, a grid for each",
+        "medium",
+    ),
+    "smoothquant": Entry(
+        SmoothquantStep,
+        "SmoothQuant: move activation outliers into the weights, then quantize both",
+        "light",
+        ("compressed-tensors", "quantry"),
+    ),
+    "bias_compensation": Entry(
+        BiasCompensationStep,
+        "Bias compensation: move the mean output error of each layer into its bias",
+        "light",
+        _WEIGHTS,
+    ),
+    "softmax_bias": Entry(
+        SoftmaxBiasStep,
+        "Softmax bias correction: give attention probabilities the mass back that rounding takes",
+        "light",
+    ),
+}
+
+
+def _families(method: str) -> Iterator[str]:
+    """The `model_type`s whose planner takes the step."""
+    if method in LANGUAGE_METHODS:
+        yield from sorted(FAMILIES)
+    if method in VISION_METHODS:
+        yield from sorted(VISION_FAMILIES)
+
+
+def _role(method: str) -> Literal["weights", "activations", "correction"]:
+    if method in WEIGHT_METHODS:
+        return "weights"
+    return "activations" if method in ACTIVATION_METHODS else "correction"
+
 
 METHODS = MethodPage(
-    items=(
+    items=tuple(
         MethodInfo(
-            method="rtn",
-            title="Round to nearest: each weight to the nearest point of its grid",
-            role="weights",
-            families=_FAMILIES,
-            formats=_FORMATS,
-            cost="light",
-            paper=None,
-            json_schema=RtnStep.model_json_schema(),
-        ),
-        MethodInfo(
-            method="gptq",
-            title="GPTQ: round column by column, each error made good by the columns that follow",
-            role="weights",
-            families=_FAMILIES,
-            formats=_FORMATS,
-            cost="heavy",
-            paper="https://arxiv.org/abs/2210.17323",
-            json_schema=GptqStep.model_json_schema(),
-        ),
-        MethodInfo(
-            method="bias_compensation",
-            title="Bias compensation: move the mean output error of each layer into its bias",
-            role="correction",
-            families=_FAMILIES,
-            formats=_FORMATS,
-            cost="light",
-            paper="https://arxiv.org/abs/2404.01892",
-            json_schema=BiasCompensationStep.model_json_schema(),
-        ),
+            method=method,
+            title=entry.title,
+            role=_role(method),
+            families=tuple(_families(method)),
+            formats=entry.formats,
+            cost=entry.cost,
+            paper=NAMES[method].url,
+            json_schema=entry.step.model_json_schema(),
+        )
+        for method, entry in _ENTRIES.items()
+        if any(_families(method))  # else a step that no model can be given yet
     )
 )
 _CONTENT = METHODS.model_dump_json()

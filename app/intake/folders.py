@@ -13,6 +13,7 @@ from app.intake.errors import InputRefused, ModelRefused
 from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+PROCESSOR = "preprocessor_config.json"
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack")
@@ -55,8 +56,12 @@ def check_listing(names: Iterable[str], *, where: str) -> None:
             f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
         )
         raise ModelRefused("model.id", f"{where} has no safetensors weights ({WEIGHTS}){hint}")
-    if not names & set(TOKENIZERS):
-        raise ModelRefused("model.id", f"{where} has no tokenizer (one of {', '.join(TOKENIZERS)})")
+    if not names & {*TOKENIZERS, PROCESSOR}:
+        raise ModelRefused(
+            "model.id",
+            f"{where} has no tokenizer (one of {', '.join(TOKENIZERS)}), and for an image classifier no "
+            f"{PROCESSOR}",
+        )
 
 
 def parse_json(content: bytes, *, name: str) -> dict[str, Any]:

@@ -16,13 +16,15 @@ from quantry.bundled import NotBundledError, bundled_model
 from quantry.contract import Estimate, JobSpec, ModelRef
 from quantry.costs import estimate
 from quantry.planning import Plan, plan
+from quantry.vision import is_vision
+from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
 
 
 @dataclass(frozen=True)
 class Prepared:
     """The plan, and the length of the evaluation text in bytes where it is known."""
 
-    plan: Plan
+    plan: Plan | VisionPlan
     evaluation_bytes: int | None
 
     @property
@@ -33,6 +35,8 @@ class Prepared:
     def estimate(self, settings: Settings) -> Estimate:
         threads = settings.threads or os.cpu_count() or 1
         cuda = self.spec.device == "cuda" or (self.spec.device == "auto" and settings.device == "cuda")
+        if isinstance(self.plan, VisionPlan):
+            return estimate_vision(self.plan, threads=threads, cuda=cuda)
         return estimate(self.plan, threads=threads, cuda=cuda, evaluation_bytes=self.evaluation_bytes)
 
 
@@ -44,19 +48,36 @@ def prepare(spec: JobSpec, settings: Settings, *, session: Session, owner: str) 
     hub = Hub(settings.hub_url, settings.cache, settings.offline)
     check_overlap(spec)
     ref, outside = _model(spec.model, settings, hub)
+    vision = is_vision(outside.config)
+    if vision:
+        spec = plan_vision(spec, outside.config, outside.tensors).spec
     calibration = spec.calibration
     text = read_text(
-        calibration.dataset, "calibration", settings=settings, hub=hub, session=session, owner=owner
+        calibration.dataset,
+        "calibration",
+        images=vision,
+        settings=settings,
+        hub=hub,
+        session=session,
+        owner=owner,
     )
     calibration = calibration.model_copy(update={"dataset": text.ref})
     evaluation, evaluation_bytes = spec.evaluation, None
     if evaluation is not None:
         other = read_text(
-            evaluation.dataset, "evaluation", settings=settings, hub=hub, session=session, owner=owner
+            evaluation.dataset,
+            "evaluation",
+            images=vision,
+            settings=settings,
+            hub=hub,
+            session=session,
+            owner=owner,
         )
         evaluation = evaluation.model_copy(update={"dataset": other.ref})
         evaluation_bytes = other.bytes
     pinned = spec.model_copy(update={"model": ref, "calibration": calibration, "evaluation": evaluation})
+    if vision:
+        return Prepared(plan_vision(pinned, outside.config, outside.tensors), None)
     planned = plan(pinned, outside.config, outside.tensors)
     check_length(planned.spec, text)
     return Prepared(planned, evaluation_bytes)

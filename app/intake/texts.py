@@ -15,9 +15,10 @@ from app.intake.hub import Hub
 from app.shared.database import transaction
 from app.shared.settings import Settings
 from app.shared.tables import Dataset
-from quantry.bundled import NotBundledError, bundled_text
+from quantry.bundled import NotBundledError, bundled_images, bundled_text
 from quantry.contract import DatasetRef, JobSpec, SpecError
 
+IMAGE_SUFFIXES = (".npz", ".zip")  # uploaded files are kept as a stored zip
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")
 _SHARES = {"train": 0.9, "test": 0.1, "all": 1.0}
 Role = Literal["calibration", "evaluation"]
@@ -32,13 +33,23 @@ class Text:
 
 
 def read_text(
-    ref: DatasetRef, role: Role, *, settings: Settings, hub: Hub, session: Session, owner: str
+    ref: DatasetRef,
+    role: Role,
+    *,
+    images: bool = False,
+    settings: Settings,
+    hub: Hub,
+    session: Session,
+    owner: str,
 ) -> Text:
-    """Look the text up where it is. Raises DatasetNotFound, DatasetRefused, HubUnreachable."""
+    """Look the text, or the set of images, up where it is. Raises DatasetNotFound, DatasetRefused, HubUnreachable."""
     path = f"{role}.dataset"
     split = ref.split or ("train" if role == "calibration" else "test")
     if ref.source == "bundled":
         try:
+            if images:
+                bundled_images(ref.id)
+                return Text(ref, None)
             return Text(ref, _bundled_bytes(ref.id, split))
         except NotBundledError as error:
             raise DatasetNotFound(f"{path}.id", str(error)) from error
@@ -51,6 +62,8 @@ def read_text(
         size, suffix = row.bytes, row.suffix
     elif ref.source == "local":
         file = below_roots(ref.id, settings.model_roots, path=f"{path}.id", missing=DatasetNotFound)
+        if images and file.is_dir():
+            return Text(ref, None)
         if not file.is_file():
             raise DatasetRefused(f"{path}.id", f"{ref.id} is not a file")
         size, suffix = file.stat().st_size, file.suffix.lower()
@@ -60,11 +73,13 @@ def read_text(
         commit, found = hub.dataset_file(ref.id, ref.file, ref.revision, path=path)
         ref = ref.model_copy(update={"revision": commit})
         size, suffix = found or 0, "." + ref.file.rpartition(".")[2].lower() if ref.file else ""
-    if suffix not in SUFFIXES:
+    allowed = IMAGE_SUFFIXES if images else SUFFIXES
+    if suffix not in allowed:
+        what = "a set of images" if images else "a text"
         raise DatasetRefused(
-            f"{path}.id", f"a text ends in {', '.join(SUFFIXES)}, not in {suffix or 'nothing'}"
+            f"{path}.id", f"{what} ends in {', '.join(allowed)}, not in {suffix or 'nothing'}"
         )
-    plain = suffix != ".parquet" and size > 0  # a Parquet file is compressed
+    plain = not images and suffix != ".parquet" and size > 0  # a Parquet file is compressed
     return Text(ref, int(size * _SHARES[split]) if plain else None)
 
 

@@ -62,4 +62,4 @@ def _dataset(text: str) -> dict[str, Any]:
     try:
         return DatasetRef.parse(text).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
-        raise FormError([f"text: {text!r} names none"]) from error
+        raise FormError([f"dataset: {text!r} names none"]) from error

@@ -18,7 +18,15 @@ from app.api.errors import STATUS, ProblemError
 from app.pages.login import LoginNeeded, login_path
 from app.shared.errors import ServiceError
 from quantry.contract import FINISHED, SpecError
-from quantry.wording import bytes_text, change_text, number_text, recipe_text, seconds_text
+from quantry.wording import (
+    bytes_text,
+    figure_change_text,
+    figure_text,
+    metric_text,
+    recipe_text,
+    samples_text,
+    seconds_text,
+)
 
 FOLDER = Path(__file__).parent
 STATIC = {path.name: path for path in sorted((FOLDER / "static").iterdir())}
@@ -38,11 +46,17 @@ def environment() -> Environment:
     made.filters |= {
         "bytes": bytes_text,
         "seconds": seconds_text,
-        "number": number_text,
+        "metric": metric_text,
         "recipe": recipe_text,
         "time": lambda moment: moment.strftime("%Y-%m-%d %H:%M UTC"),
     }
-    made.globals |= {"change": change_text, "finished": FINISHED, "static": static_url}
+    made.globals |= {
+        "change": figure_change_text,
+        "figure": figure_text,
+        "finished": FINISHED,
+        "samples": samples_text,
+        "static": static_url,
+    }
     return made
 
 

@@ -15,6 +15,7 @@ from app.api import results
 from app.api.deps import JobId, Services, ServicesDep
 from app.api.estimates import create_estimate
 from app.api.jobs import create_job
+from app.api.methods import METHODS
 from app.api.watch import Mark
 from app.pages.forms import DEFAULTS, FormError, request_of
 from app.pages.login import Author, Fields, Viewer, safe_next, sign_in, sign_out
@@ -22,8 +23,10 @@ from app.pages.rendering import HEADERS, STATIC, TYPES, PageRoute, fragment, pag
 from app.security import Caller, verify_key
 from app.shared import jobs
 from app.shared.errors import KeyRefused, NotFound, ServiceError
-from quantry.bundled import BUNDLED_MODELS, BUNDLED_TEXTS
+from quantry.bundled import BUNDLED_IMAGES, BUNDLED_MODELS, BUNDLED_TEXTS
 from quantry.contract import FINISHED, Estimate, JobRead, Manifest, SpecError
+from quantry.families import FAMILIES
+from quantry.wording import METHODS as NAMES
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)
 PAGE_SIZE = 25
@@ -150,7 +153,7 @@ def _index(
     with services.sessions() as session:
         found, following = jobs.page(session, owner=caller.owner, limit=PAGE_SIZE, cursor=cursor)
     with services.sessions() as session:
-        texts = uploads.list_datasets(session, owner=caller.owner)
+        uploaded = uploads.list_datasets(session, owner=caller.owner)
     values = {
         "jobs": [jobs.to_read(job) for job in found],
         "following": following,
@@ -160,12 +163,26 @@ def _index(
         "wrong": wrong or [],
         "estimate": estimate,
         "models": sorted(BUNDLED_MODELS),
-        "texts": [
-            *((name, name) for name in sorted(BUNDLED_TEXTS)),
-            *((text.id, text.name) for text in texts),
+        "methods": _choices("weights", "activations"),
+        "corrections": [*_choices("correction"), ("", "none")],
+        "datasets": [
+            *((name, name) for name in sorted({*BUNDLED_TEXTS, *BUNDLED_IMAGES})),
+            *((dataset.id, dataset.name) for dataset in uploaded),
         ],
     }
     return page("index.html", values, status)
+
+
+def _choices(*roles: str) -> list[tuple[str, str]]:
+    """The methods of these roles for the form, with a word on those that no language model can take."""
+    return [
+        (
+            info.method,
+            NAMES[info.method].name + ("" if set(info.families) & set(FAMILIES) else " (image classifiers)"),
+        )
+        for info in METHODS.items
+        if info.role in roles
+    ]
 
 
 def _read(services: Services, job_id: str, owner: str) -> JobRead:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,12 @@ class Storage:
         if not _SHA256.fullmatch(sha256) or not _SUFFIX.fullmatch(suffix):
             raise ValueError(f"{sha256 + suffix!r} is no blob")
         return self.root / "blobs" / sha256[:2] / f"{sha256}{suffix}"
+
+    def incoming(self) -> Path:
+        """A name of its own for a body that is being received; its folder is there."""
+        folder = self.root / "blobs"
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder / f"incoming-{uuid.uuid4().hex}"
 
 
 def _tree(folder: Path) -> Iterator[Path]:

@@ -161,7 +161,10 @@ class ApiKey(Base):
 
 
 class Dataset(Base):
-    """An uploaded text; its bytes are the blob `sha256` + `suffix` of the storage."""
+    """An uploaded text or set of images; its bytes are the blob `sha256` + `suffix` of the storage.
+
+    images: their number, null for a text. classes: different labels, null where images have none.
+    """
 
     __tablename__ = "datasets"
     __table_args__ = (Index(None, "owner", "id"),)
@@ -174,4 +177,6 @@ class Dataset(Base):
     sha256: Mapped[str] = mapped_column(String(64))
     documents: Mapped[int]
     characters: Mapped[int]
+    images: Mapped[int | None]
+    classes: Mapped[int | None]
     created_at: Mapped[datetime]

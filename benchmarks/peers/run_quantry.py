@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import quantry
 from quantry.contract import BiasCompensationStep, GptqStep, JobSpec, ModelRef, Step
 from worker.calibration.store import BlockStore
+from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM
 from worker.progress import Progress
 from worker.sweep import BlockSweep
@@ -43,7 +44,7 @@ def recipe(name: str, bits: int, group_size: int) -> tuple[Step, ...]:
 
 def write_plain(source: Path, target: Path, store: BlockStore, model: CausalLM) -> int:
     """A float32 checkpoint with the quantized weights; returns the number of layers and their bits."""
-    layers = dict(store.layers(model.family.blocks, len(model.blocks)))
+    layers = dict(store.layers(model))
     config = AutoConfig.from_pretrained(source)
     if any(layer.added_bias for layer in layers.values()):
         config.attention_bias = config.mlp_bias = True  # slots for what compensation adds (Llama)
@@ -76,7 +77,8 @@ def main() -> None:
     rows = load_file(given.windows)["calibration"]
     with tempfile.TemporaryDirectory() as folder:
         store = BlockStore(Path(folder), "benchmark")
-        sweep = BlockSweep(model, spec, store, Progress(io.StringIO()), rows, None)
+        judge = PerplexityJudge(model)
+        sweep = BlockSweep(model, spec, store, Progress(io.StringIO()), rows, None, judge)
         with Meter() as meter:
             sweep.run()
         bits = write_plain(given.model, given.target, store, model)

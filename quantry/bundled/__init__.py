@@ -1,4 +1,4 @@
-"""What Quantry ships so that it works offline: one small model and one text. No torch needed.
+"""What Quantry ships so that it works offline: two small models, a text and a set of images. No torch needed.
 
 docs/bundled.md says where they come from, under which licence, and how they are made again.
 """
@@ -11,13 +11,19 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-BUNDLED_MODELS: dict[str, Path] = {"bundled/opt-tiny": FOLDER / "opt-tiny"}
+BUNDLED_MODELS: dict[str, Path] = {
+    "bundled/opt-tiny": FOLDER / "opt-tiny",
+    "bundled/vit-tiny": FOLDER / "vit-tiny",
+}
 """Checkpoint folders in the layout of transformers, by the name a job uses."""
 
 BUNDLED_TEXTS: dict[str, dict[str, Path]] = {
     "bundled/pydoc": {"train": FOLDER / "pydoc" / "train.txt.xz", "test": FOLDER / "pydoc" / "test.txt.xz"},
 }
 """The compressed parts of each text, by name and split; split `all` is the parts in this order."""
+
+BUNDLED_IMAGES: dict[str, Path] = {"bundled/digits": FOLDER / "digits" / "digits.npz"}
+"""Labelled images by name: x_train, y_train, x_test and y_test in one .npz."""
 
 
 class NotBundledError(KeyError):
@@ -53,3 +59,10 @@ def bundled_text(name: str, split: str) -> str:
         raise NotBundledError(f"split of {name}", split, (*parts, "all"))
     wanted = parts.values() if split == "all" else (parts[split],)
     return "\n".join(lzma.decompress(path.read_bytes()).decode() for path in wanted)
+
+
+def bundled_images(name: str) -> Path:
+    """The .npz of bundled images such as `bundled/digits`. Raises NotBundledError."""
+    if name not in BUNDLED_IMAGES:
+        raise NotBundledError("bundled set of images", name, BUNDLED_IMAGES)
+    return BUNDLED_IMAGES[name]

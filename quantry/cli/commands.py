@@ -29,7 +29,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-datasets_app = typer.Typer(help="Texts to calibrate and evaluate with.", no_args_is_help=False)
+datasets_app = typer.Typer(help="Texts and images to calibrate and evaluate with.", no_args_is_help=False)
 app.add_typer(datasets_app, name="datasets")
 
 
@@ -62,6 +62,7 @@ def submit(
     evaluation: o.Evaluation = None,
     evaluate: o.Evaluate = True,
     accept_increase: o.AcceptIncrease = None,
+    accept_accuracy_drop: o.AcceptAccuracyDrop = None,
     device: o.DeviceOption = None,
     labels: o.Labels = None,
     spec: o.SpecFile = None,
@@ -73,9 +74,8 @@ def submit(
     """Queue a quantization; with --watch or --download, follow it to its end."""
     fields = _recipe_fields(bits, method, correction, group_size, asymmetric, format_name, device)
     drawn = {"samples": samples, "sequence_length": sequence_length, "seed": seed}
-    typed = Options(
-        spec, model, fields, calibration, drawn, evaluation, evaluate, accept_increase, labels or []
-    )
+    accept = {"perplexity_increase_max": accept_increase, "accuracy_drop_max": accept_accuracy_drop}
+    typed = Options(spec, model, fields, calibration, drawn, evaluation, evaluate, accept, labels or [])
     with session(context, as_json) as s:
         job = s.client.submit(build_request(s, typed), idempotency_key=idempotency_key)
         if not (watch or download):
@@ -112,7 +112,7 @@ def estimate(
     """A dry run: layers, size, memory, time and warnings; nothing is computed."""
     fields = _recipe_fields(bits, method, correction, group_size, asymmetric, format_name, device)
     drawn = {"samples": samples, "sequence_length": sequence_length}
-    typed = Options(spec, model, fields, calibration, drawn, evaluation, evaluate, None, [])
+    typed = Options(spec, model, fields, calibration, drawn, evaluation, evaluate, {}, [])
     with session(context, as_json) as s:
         found = s.client.estimate(build_request(s, typed))
         s.print_json(found) if as_json else render.show_estimate(s.out, found)
@@ -227,7 +227,7 @@ def methods(context: typer.Context, as_json: o.Json = False) -> None:
 
 @datasets_app.callback(invoke_without_command=True)
 def list_datasets(context: typer.Context, as_json: o.Json = False) -> None:
-    """List the uploaded texts."""
+    """List the uploads."""
     if context.invoked_subcommand:
         return
     with session(context, as_json) as s:
@@ -243,11 +243,11 @@ def list_datasets(context: typer.Context, as_json: o.Json = False) -> None:
 @datasets_app.command("upload")
 def upload_dataset(
     context: typer.Context,
-    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".txt, .jsonl or .parquet")],
+    file: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help=".txt, .jsonl, .parquet or .npz")],
     name: Annotated[str | None, typer.Option(help="Default: the name of the file.")] = None,
     as_json: o.Json = False,
 ) -> None:
-    """Upload a text."""
+    """Upload a text, or images as .npz."""
     with session(context, as_json) as s:
         made = s.client.upload_dataset(file, name=name)
         s.print_json(made) if as_json else s.out.print(render.datasets_table([made]))
@@ -259,7 +259,7 @@ def delete_dataset(
     dataset: Annotated[str, typer.Argument(metavar="DATASET", help="Its id, ds_...")],
     as_json: o.Json = False,
 ) -> None:
-    """Delete an uploaded text."""
+    """Delete an upload."""
     with session(context, as_json) as s:
         s.client.delete_dataset(dataset)
         if as_json:

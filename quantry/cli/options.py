@@ -14,10 +14,18 @@ _RECIPE, _DATA, _MORE = "Recipe", "Data", "More"
 class Method(StrEnum):
     RTN = "rtn"
     GPTQ = "gptq"
+    UNIFORM = "uniform"
+    PTQ4VIT = "ptq4vit"
+    REPQ = "repq"
+    ADALOG = "adalog"
+    IGQ = "igq"
+    SMOOTHQUANT = "smoothquant"
+    SOFTMAX_BIAS = "softmax_bias"
 
 
 class Correction(StrEnum):
     BIAS_COMPENSATION = "bias_compensation"
+    SOFTMAX_BIAS = "softmax_bias"
 
 
 class FormatName(StrEnum):
@@ -42,10 +50,21 @@ Model = Annotated[
         metavar="[MODEL]", help="bundled/NAME, OWNER/NAME\\[@REVISION] of the hub, or local:FOLDER."
     ),
 ]
-Bits = Annotated[int | None, typer.Option(help="2, 3, 4, 5, 6 or 8.", rich_help_panel=_RECIPE)]
+Bits = Annotated[
+    int | None,
+    typer.Option(
+        help="2, 3, 4, 5, 6 or 8; --spec takes a recipe with other bits for activations.",
+        rich_help_panel=_RECIPE,
+    ),
+]
 MethodOption = Annotated[
     Method | None,
-    typer.Option("--method", help="How weights are rounded; default gptq.", rich_help_panel=_RECIPE),
+    typer.Option(
+        "--method",
+        help="How weights are rounded, default gptq; or a method for activations, which quantizes both to "
+        "--bits. The command methods lists what works on which models.",
+        rich_help_panel=_RECIPE,
+    ),
 ]
 CorrectionOption = Annotated[
     Correction | None,
@@ -66,18 +85,24 @@ Calibration = Annotated[
     str | None,
     typer.Option(
         metavar="DATASET",
-        help="Text to calibrate on: a file here, bundled/pydoc, ds_..., local:FILE or hub:NAME:FILE.",
+        help="Text or images to calibrate on: a file here, bundled/NAME, ds_..., local:FILE or hub:NAME:FILE.",
         rich_help_panel=_DATA,
     ),
 ]
-Samples = Annotated[int | None, typer.Option(help="Windows of calibration text.", rich_help_panel=_DATA)]
+Samples = Annotated[
+    int | None, typer.Option(help="Windows of calibration text, or images.", rich_help_panel=_DATA)
+]
 SequenceLength = Annotated[
     int | None, typer.Option("--seq-len", help="Tokens in a window.", rich_help_panel=_DATA)
 ]
-Seed = Annotated[int | None, typer.Option(help="Which windows are drawn.", rich_help_panel=_DATA)]
+Seed = Annotated[int | None, typer.Option(help="Which windows or images are drawn.", rich_help_panel=_DATA)]
 Evaluation = Annotated[
     str | None,
-    typer.Option(metavar="DATASET", help="Text to measure perplexity on.", rich_help_panel=_DATA),
+    typer.Option(
+        metavar="DATASET",
+        help="Text to measure perplexity on, or labelled images for accuracy.",
+        rich_help_panel=_DATA,
+    ),
 ]
 Evaluate = Annotated[
     bool, typer.Option("--evaluate/--no-evaluate", help="Measure the quality.", rich_help_panel=_DATA)
@@ -86,6 +111,13 @@ AcceptIncrease = Annotated[
     float | None,
     typer.Option(
         help="Reject the result if perplexity grows by more than this share: 0.1 is ten per cent.",
+        rich_help_panel=_DATA,
+    ),
+]
+AcceptAccuracyDrop = Annotated[
+    float | None,
+    typer.Option(
+        help="Reject the result if top-1 accuracy falls by more than this: 0.01 is one point.",
         rich_help_panel=_DATA,
     ),
 ]

@@ -18,11 +18,25 @@ from quantry.contract import (
     LayerReport,
     Manifest,
     MethodInfo,
+    OperandReport,
     QualityRow,
     Report,
     State,
 )
-from quantry.wording import bytes_text, change_text, number_text, recipe_text, seconds_text, spec_text
+from quantry.wording import (
+    bytes_text,
+    change_text,
+    contents_text,
+    figure_change_text,
+    figure_text,
+    metric_text,
+    operations_text,
+    overhead_text,
+    recipe_text,
+    samples_text,
+    seconds_text,
+    spec_text,
+)
 
 STYLES = {
     State.SUCCEEDED: "green",
@@ -101,16 +115,16 @@ def quality_table(rows: Sequence[QualityRow]) -> Table:
     """Full precision, round-to-nearest and the result, with the changes against full precision."""
     table = Table(title="Quality", title_justify="left", title_style="bold")
     table.add_column("metric")
-    table.add_column("text")
+    table.add_column("data")
     for name in ("FP", "RTN", "quantized"):
         table.add_column(name, justify="right")
     for row in rows:
         table.add_row(
-            row.metric,
-            f"{row.dataset} ({row.samples} windows)",
-            number_text(row.fp),
-            _with_change(row.rtn, row.fp),
-            f"[bold]{_with_change(row.quantized, row.fp)}[/]",
+            metric_text(row.metric),
+            f"{row.dataset} ({samples_text(row.metric, row.samples)})",
+            figure_text(row.metric, row.fp),
+            _with_change(row, row.rtn),
+            f"[bold]{_with_change(row, row.quantized)}[/]",
         )
     return table
 
@@ -131,6 +145,12 @@ def show_report(console: Console, report: Report) -> None:
         f"took {seconds_text(cost.wall_s)} ({seconds_text(cost.cpu_s)} of CPU), "
         f"at most {bytes_text(cost.peak_rss_bytes)} of memory"
     )
+    operations = report.bit_operations
+    if operations:
+        console.print(
+            f"{operations_text(operations.base)} bit operations a forward, "
+            f"{overhead_text(operations)} more for grids that are found as it runs"
+        )
     worst = sorted(report.layers, key=_sqnr)[:5]
     if worst and worst[0].sqnr_db is not None:
         table = Table(title="Layers with the largest output error", title_justify="left", title_style="bold")
@@ -143,6 +163,22 @@ def show_report(console: Console, report: Report) -> None:
                 layer.name, str(layer.bits), f"{_sqnr(layer):.1f}", f"{mse:.3g}", change_text(mse, rtn)
             )
         console.print(table)
+    if report.operands:
+        console.print(operands_table(sorted(report.operands, key=_sqnr)[:5]))
+
+
+def operands_table(operands: Iterable[OperandReport]) -> Table:
+    """Quantized activations: what each is, its grid and its error."""
+    table = Table(title="Activations with the lowest SQNR", title_justify="left", title_style="bold")
+    for name in ("activation", "kind", "quantizer"):
+        table.add_column(name)
+    for name in ("bits", "SQNR (dB)"):
+        table.add_column(name, justify="right")
+    for operand in operands:
+        noise = "–" if operand.sqnr_db is None else f"{operand.sqnr_db:.1f}"
+        kind = operand.kind.replace("_", " ")
+        table.add_row(operand.name, kind, operand.quantizer, str(operand.bits), noise)
+    return table
 
 
 def show_estimate(console: Console, estimate: Estimate) -> None:
@@ -166,11 +202,13 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
 
 def jobs_table(jobs: Iterable[JobRead]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "state", "model", "recipe", "perplexity", "created"):
-        table.add_column(name, justify="right" if name == "perplexity" else "left", overflow="fold")
+    for name in ("id", "state", "model", "recipe", "quality", "created"):
+        table.add_column(name, overflow="fold")
     for job in jobs:
         quality = job.quality[0] if job.quality else None
-        figure = _with_change(quality.quantized, quality.fp) if quality else ""
+        figure = (
+            f"{metric_text(quality.metric)} {_with_change(quality, quality.quantized)}" if quality else ""
+        )
         created = job.created_at.astimezone().strftime("%Y-%m-%d %H:%M")
         recipe = recipe_text(job.spec.recipe)
         table.add_row(job.id, _state(job.state), job.spec.model.id, recipe, figure, created)
@@ -201,10 +239,10 @@ def methods_table(methods: Iterable[MethodInfo]) -> Table:
 
 def datasets_table(datasets: Iterable[DatasetRead]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("id", "name", "size", "documents", "characters", "sha256"):
-        table.add_column(name, justify="right" if name in ("size", "documents", "characters") else "left")
+    for name in ("id", "name", "size", "contents", "sha256"):
+        table.add_column(name, justify="right" if name == "size" else "left")
     for d in datasets:
-        table.add_row(d.id, d.name, bytes_text(d.bytes), str(d.documents), f"{d.characters:,}", d.sha256[:12])
+        table.add_row(d.id, d.name, bytes_text(d.bytes), contents_text(d), d.sha256[:12])
     return table
 
 
@@ -217,8 +255,8 @@ def show_manifest(console: Console, manifest: Manifest, folder: str) -> None:
     console.print(manifest.loader.snippet, markup=False)
 
 
-def _sqnr(layer: LayerReport) -> float:
-    return float("inf") if layer.sqnr_db is None else layer.sqnr_db
+def _sqnr(measured: LayerReport | OperandReport) -> float:
+    return float("inf") if measured.sqnr_db is None else measured.sqnr_db
 
 
 def _state(state: State) -> str:
@@ -226,6 +264,7 @@ def _state(state: State) -> str:
     return f"[{style}]{state.value}[/]"
 
 
-def _with_change(value: float | None, base: float | None) -> str:
-    change = change_text(value, base)
-    return number_text(value) + (f" ({change})" if change else "")
+def _with_change(row: QualityRow, value: float | None) -> str:
+    """A figure of the row, and its change against full precision."""
+    change = figure_change_text(row.metric, value, row.fp)
+    return figure_text(row.metric, value) + (f" ({change})" if change else "")

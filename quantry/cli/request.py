@@ -1,4 +1,4 @@
-"""From the options of `submit` and `estimate` to a JobRequest; local texts are uploaded on the way."""
+"""From the options of `submit` and `estimate` to a JobRequest; local data is uploaded on the way."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from quantry.cli.session import Session
 from quantry.client import InvalidRequest
 from quantry.contract import DatasetRef, JobRequest
+from quantry.wording import contents_text
 
 _NAMED = ("bundled/", "local:", "hub:", "ds_")
 
@@ -30,7 +31,7 @@ class Options:
     calibration_fields: Mapping[str, Any]
     evaluation: str | None
     evaluate: bool
-    accept_increase: float | None
+    accept: Mapping[str, float | None]
     labels: Sequence[str]
 
 
@@ -50,8 +51,9 @@ def build_request(session: Session, options: Options) -> JobRequest:
         body["evaluation"] = {**_part(body, "evaluation"), "dataset": dataset}
     if not options.evaluate:
         body["evaluation"] = None
-    if options.accept_increase is not None:
-        body["accept"] = {**_part(body, "accept"), "perplexity_increase_max": options.accept_increase}
+    accept = _given(options.accept)
+    if accept:
+        body["accept"] = {**_part(body, "accept"), **accept}
     if options.labels:
         body["labels"] = {**_part(body, "labels"), **parse_labels(options.labels)}
     if "model" not in body:
@@ -97,23 +99,21 @@ def _part(body: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def _dataset(session: Session, text: str, option: str) -> dict[str, Any]:
-    """A reference to a text. A path that exists on this machine is uploaded, once for the same bytes."""
+    """A reference to a text or to images. A path that exists on this machine is uploaded, once for the same bytes."""
     path = Path(text)
     if text.startswith(_NAMED) or not path.exists():
         if not text.startswith((*_NAMED, "/")) and ":" not in text:
             hint = (
-                "no such file; else bundled/pydoc, ds_..., local:FILE (of the server) or hub:OWNER/NAME:FILE"
+                "no such file; else bundled/NAME, ds_..., local:FILE (of the server) or hub:OWNER/NAME:FILE"
             )
             raise InvalidRequest([(option, f"{text}: {hint}")])
         return DatasetRef.parse(text).model_dump(mode="json", exclude_none=True)
     if not path.is_file():
-        raise InvalidRequest([(option, f"{text} is a folder; give one .txt, .jsonl or .parquet file")])
+        raise InvalidRequest([(option, f"{text} is a folder; give one .txt, .jsonl, .parquet or .npz file")])
     with path.open("rb") as content:
         digest = hashlib.file_digest(content, "sha256").hexdigest()
     known = next((d for d in session.client.datasets() if (d.sha256, d.name) == (digest, path.name)), None)
     dataset = known or session.client.upload_dataset(path)
     verb = "uses the upload" if known else "uploaded as"
-    session.say(
-        f"{path.name}: {verb} {dataset.id} ({dataset.documents} documents, {dataset.characters:,} characters)"
-    )
+    session.say(f"{path.name}: {verb} {dataset.id} ({contents_text(dataset)})")
     return {"source": "upload", "id": dataset.id}

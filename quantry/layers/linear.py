@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from quantry.layers.positions import Positions, position_bias_of
+from quantry.layers.positions import Locator, position_bias_of
 from quantry.quantizers.affine import QuantizedWeight
 from quantry.quantizers.packing import pack, packed_words, unpack
 
@@ -47,7 +47,7 @@ class QuantizedLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, form: LinearFormat, positions: Positions | None = None
+        self, in_features: int, out_features: int, form: LinearFormat, positions: Locator | None = None
     ) -> None:
         super().__init__()
         if form.group_size is not None and in_features % form.group_size:
@@ -102,11 +102,11 @@ class QuantizedLinear(nn.Module):
 
     def _position_bias(self, x: Tensor) -> Tensor:
         """The bias of each token of x, (batch, sequence, in) or flattened to (batch * sequence, in)."""
-        if self.positions is None or self.positions.current is None or self.position_bias is None:
+        if self.positions is None or self.position_bias is None:
             raise RuntimeError(
                 "a layer with a bias per position runs only inside the model it was loaded with"
             )
-        bias = position_bias_of(self.position_bias, self.positions.current.to(x.device)).to(x.dtype)
+        bias = position_bias_of(self.position_bias, self.positions.of(x)).to(x.dtype)
         if x.dim() == 3:
             return bias
         sequence = bias.shape[1]

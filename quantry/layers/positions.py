@@ -1,15 +1,33 @@
-"""Where in its text a token stands, for layers whose bias depends on it (position×channel compensation)."""
+"""Where a token stands in its text or image, for layers whose bias depends on it (position×channel compensation)."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 
+class Locator(Protocol):
+    """Tells the positions of a layer's tokens."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """The positions of the tokens of x, a layer's input: int64 (1 or batch, sequence), on its device."""
+
+
+class TokenIndices:
+    """Images: a token's position is its index, (1, tokens); in an attention layer of Swin that in its window.
+
+    A tensor (batch, channels) without tokens, such as a pooled one, has the one position 0.
+    """
+
+    def of(self, x: Tensor) -> Tensor:
+        tokens = x.shape[-2] if x.dim() > 2 else 1
+        return torch.arange(tokens, device=x.device).unsqueeze(0)
+
+
 class Positions:
-    """The positions of the tokens in the present forward, shared by the layers of one model.
+    """Texts: the positions of the tokens in the present forward, shared by the layers of one model.
 
     `current`: int64 (1 or batch, sequence), set by a hook on the model before its layers run.
     """
@@ -20,6 +38,13 @@ class Positions:
     def watch(self, model: nn.Module) -> None:
         """Follow the calls of a causal LM, its cache and its padding included."""
         model.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def of(self, x: Tensor) -> Tensor:
+        if self.current is None:
+            raise RuntimeError(
+                "a layer with a bias per position runs only inside the model it was loaded with"
+            )
+        return self.current.to(x.device)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tokens = args[0] if args else kwargs.get("input_ids")

@@ -1,4 +1,4 @@
-"""The bundled model and text: found by name, whole, without leaks, and as good as their card says."""
+"""The bundled models, text and images: found by name, whole, without leaks, and as good as their cards say."""
 
 import hashlib
 import json
@@ -8,16 +8,31 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoTokenizer,
+)
 
-from quantry.bundled import BUNDLED_MODELS, BUNDLED_TEXTS, NotBundledError, bundled_model, bundled_text
+from quantry.bundled import (
+    BUNDLED_MODELS,
+    BUNDLED_TEXTS,
+    NotBundledError,
+    bundled_images,
+    bundled_model,
+    bundled_text,
+)
 
 ROOT = Path(__file__).parents[2]
 MODEL = "bundled/opt-tiny"
 TEXT = "bundled/pydoc"
+CLASSIFIER = "bundled/vit-tiny"
+IMAGES = "bundled/digits"
 
 
 def paragraphs(text: str) -> list[str]:
@@ -30,12 +45,16 @@ def word_runs(text: str, length: int) -> set[tuple[str, ...]]:
 
 
 def test_unknown_names_say_what_there_is() -> None:
-    with pytest.raises(NotBundledError, match=r"no bundled model 'bundled/gpt'; there is bundled/opt-tiny"):
+    with pytest.raises(
+        NotBundledError, match=r"no bundled model 'bundled/gpt'; there is bundled/opt-tiny, bundled/vit-tiny"
+    ):
         bundled_model("bundled/gpt")
     with pytest.raises(KeyError, match="no bundled text 'bundled/wiki'; there is bundled/pydoc"):
         bundled_text("bundled/wiki", "test")
     with pytest.raises(KeyError, match=r"no split of bundled/pydoc 'dev'; there is all, test, train"):
         bundled_text(TEXT, "dev")
+    with pytest.raises(KeyError, match=r"no bundled set of images 'bundled/cats'; there is bundled/digits"):
+        bundled_images("bundled/cats")
 
 
 def test_needs_no_torch() -> None:
@@ -70,12 +89,16 @@ def test_held_out_text_shares_nothing_with_train() -> None:
 def test_sizes_stay_small() -> None:
     texts = sum(path.stat().st_size for path in BUNDLED_TEXTS[TEXT].values())
     model = sum(path.stat().st_size for path in BUNDLED_MODELS[MODEL].iterdir())
+    classifier = sum(path.stat().st_size for path in BUNDLED_MODELS[CLASSIFIER].iterdir())
     assert texts < 1_500_000
     assert model < 15_000_000
+    assert classifier < 1_200_000
+    assert bundled_images(IMAGES).stat().st_size < 60_000
 
 
-def test_weights_are_float16_safetensors() -> None:
-    with safe_open(bundled_model(MODEL) / "model.safetensors", framework="pt") as file:
+@pytest.mark.parametrize("name", [MODEL, CLASSIFIER])
+def test_weights_are_float16_safetensors(name: str) -> None:
+    with safe_open(bundled_model(name) / "model.safetensors", framework="pt") as file:
         assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"F16"}  # noqa: SIM118, no mapping
 
 
@@ -102,3 +125,38 @@ def test_model_writes_documentation() -> None:
     prompt = tokenizer("Return True if the", return_tensors="pt")
     text = tokenizer.decode(model.generate(**prompt, max_new_tokens=12, do_sample=False)[0])
     assert len(set(text.split())) > 6  # words, not one word again and again
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_images_are_those_of_their_readme(split: str) -> None:
+    table = bundled_images(IMAGES).with_name("README.md").read_text()
+    row = next(line for line in table.splitlines() if line.startswith(f"| {split} |"))
+    with np.load(bundled_images(IMAGES), allow_pickle=False) as arrays:
+        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    assert images.dtype == labels.dtype == np.uint8
+    assert images.shape == (len(labels), 8, 8)
+    assert row.startswith(f"| {split} | {len(labels)} |")
+    for array in (images, labels):
+        assert hashlib.sha256(array.tobytes()).hexdigest() in row
+
+
+def test_no_test_image_is_in_train() -> None:
+    with np.load(bundled_images(IMAGES), allow_pickle=False) as arrays:
+        known = {image.tobytes() for image in arrays["x_train"]}
+        assert not any(image.tobytes() in known for image in arrays["x_test"])
+        assert all(np.bincount(arrays[f"y_{split}"], minlength=10).min() > 40 for split in ("train", "test"))
+
+
+def test_the_classifier_is_as_accurate_as_its_card_says() -> None:
+    folder = bundled_model(CLASSIFIER)
+    model = AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    with np.load(bundled_images(IMAGES), allow_pickle=False) as arrays:
+        images, labels = arrays["x_test"], torch.from_numpy(arrays["y_test"])
+    pixels = processor(list(images[..., None]), return_tensors="pt", input_data_format="channels_last")
+    with torch.no_grad():
+        found = (model(**pixels).logits.argmax(-1) == labels).float().mean().item()
+    recorded = json.loads((folder / "metrics.json").read_text())["accuracy"]
+    assert found == pytest.approx(recorded, abs=0.0021)  # one image, for another way to round
+    assert f"{100 * recorded:.1f} %" in (folder / "README.md").read_text()
+    assert recorded > 0.95

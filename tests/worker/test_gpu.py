@@ -8,6 +8,7 @@ import torch
 
 from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef
 from worker.calibration.store import BlockStore
+from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM
 from worker.progress import Progress
 from worker.sweep import BlockSweep
@@ -29,7 +30,9 @@ def test_the_sweep_on_cuda_agrees_with_the_cpu(name: str, tmp_path: Path) -> Non
         model = CausalLM(folder, device=torch.device(device), dtype=torch.float32)
         with (tmp_path / "messages").open("w") as out:
             store = BlockStore(tmp_path / device, "x")
-            found[device] = BlockSweep(model, spec, store, Progress(out), windows, windows + 0).run()
+            found[device] = BlockSweep(
+                model, spec, store, Progress(out), windows, windows + 0, PerplexityJudge(model)
+            ).run()
     assert found["cuda"].perplexity["fp"] == pytest.approx(found["cpu"].perplexity["fp"], rel=1e-4)
     assert found["cuda"].perplexity["quantized"] == pytest.approx(
         found["cpu"].perplexity["quantized"], rel=0.05

@@ -54,6 +54,8 @@ def submit(workspace: Workspace, **fields: object) -> Succeeded | Rejected:
         "evaluation": {"dataset": text},
         **fields,
     }
+    if "recipe" in fields:
+        del request["bits"]
     spec = JobRequest.model_validate(request).resolve()
     with (workspace.checkpoints.parent / "messages").open("w") as out:
         return run(spec, workspace, Progress(out))
@@ -95,6 +97,61 @@ def test_a_job_ends_in_a_folder_that_proves_itself(
     assert len(report.layers) == 2 * len(
         FAMILIES[json.loads((folder / "config.json").read_text())["model_type"]].linears
     )
+
+
+@pytest.mark.parametrize("name", ["opt", "llama", "gemma3_text"])
+def test_softmax_of_a_language_model_is_corrected(name: str, workspace: Workspace) -> None:
+    write_model(workspace, name)
+    steps = [{"method": "gptq", "bits": 4}, {"method": "softmax_bias", "bits": 4}]
+    report = submit(workspace, recipe=steps).report
+    assert report.format == "quantry"
+    assert float(report.verification["relative_difference"]) < 1e-4
+    assert len(report.operands) == 2
+    for operand in report.operands:
+        assert operand.kind == "probabilities"
+        assert operand.row_sum_after == pytest.approx(1, abs=1e-6)
+        assert operand.row_sum_before != pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+@pytest.mark.parametrize("name", ["opt", "llama"])
+def test_w8a8_is_smoothed_and_loads_in_stock_transformers(
+    name: str, granularity: str, workspace: Workspace
+) -> None:
+    write_model(workspace, name)
+    steps = [{"method": "rtn", "bits": 8}, {"method": "smoothquant", "granularity": granularity}]
+    report = submit(workspace, recipe=steps).report
+    assert report.format == "compressed-tensors"
+    assert float(report.verification["relative_difference"]) < 1e-4
+    config = json.loads((workspace.artifact / "config.json").read_text())
+    assert config["quantization_config"]["format"] == "int-quantized"
+    (row,) = report.quality
+    assert row.quantized == pytest.approx(row.fp, rel=0.05)
+
+
+def test_fewer_than_8_weight_bits_beside_smoothquant_are_packed(workspace: Workspace) -> None:
+    write_model(workspace)
+    steps = [{"method": "gptq", "bits": 4}, {"method": "smoothquant"}]
+    report = submit(workspace, recipe=steps).report
+    assert report.format == "quantry"
+    assert report.size.effective_bits < 6
+    with pytest.raises(ValueError, match="8-bit weights"):
+        submit(workspace, recipe=steps, format="compressed-tensors")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "fields", "message"),
+    [
+        ([{"method": "rtn", "bits": 4}, {"method": "igq", "bits": 4}], {}, "recipe.1"),
+        ([{"method": "rtn", "bits": 8}], {"accept": {"accuracy_drop_max": 0.1}}, "accept.accuracy_drop_max"),
+    ],
+)
+def test_what_only_classifiers_take_is_refused(
+    recipe: list[dict[str, object]], fields: dict[str, object], message: str, workspace: Workspace
+) -> None:
+    write_model(workspace)
+    with pytest.raises(RecipeError, match=message):
+        submit(workspace, recipe=recipe, **fields)
 
 
 def test_the_gptq_layout_passes_through_a_job(workspace: Workspace) -> None:

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef, RtnStep, Step
 from worker.calibration import walk
 from worker.calibration.store import BlockStore
+from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM
 from worker.progress import Progress
 from worker.sweep import BlockSweep, SweepResult
@@ -36,7 +37,13 @@ def sweep(folder: Path, store: Path, *recipe: Step, evaluate: bool = True) -> tu
     )
     out = io.StringIO()
     run = BlockSweep(
-        model, spec, BlockStore(store, "x"), Progress(out), windows(1), windows(2) if evaluate else None
+        model,
+        spec,
+        BlockStore(store, "x"),
+        Progress(out),
+        windows(1),
+        windows(2) if evaluate else None,
+        PerplexityJudge(model),
     )
     result = run.run()
     assert [json.loads(line)["type"] for line in out.getvalue().splitlines()].count("event") <= 2
@@ -56,7 +63,7 @@ def stock_perplexity(folder: Path, run: BlockSweep) -> float:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     for name, tensor in run.model.kept():
         model.get_parameter(name).copy_(tensor)
-    for name, layer in run.store.layers(run.model.family.blocks, 2):
+    for name, layer in run.store.layers(run.model):
         linear = model.get_submodule(name)
         weight = layer.weight.dequantize()
         linear.weight.copy_(weight.T if run.model.family.transposed else weight)

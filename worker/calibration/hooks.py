@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from worker.models.causal_lm import BlockCall, run_block
+from worker.models.calls import BlockCall, run_block
 
 
 class _Reached(Exception):

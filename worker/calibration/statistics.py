@@ -35,22 +35,29 @@ class InputStatistics:
         square = torch.zeros(columns, columns, device=device)
         shape = (columns,) if positions is None else (positions, columns)
         line = torch.zeros(shape, dtype=torch.float64, device=device)
-        return cls(square if hessian else None, square.clone() if cross else None, line, line.clone())
+        transposed = square.clone().T if cross else None  # as the products below come out
+        return cls(square if hessian else None, transposed, line, line.clone())
 
     def update(self, x_q: Tensor, x_f: Tensor | None) -> None:
         axis = 0 if self.sum_q.ndim == 2 else (0, 1)
         self.sum_q += x_q.sum(axis, dtype=torch.float32)
         self.tokens += x_q.shape[0] * x_q.shape[1]
-        flat = x_q.flatten(0, 1)
-        if self.hessian is not None:
-            for low in range(0, x_q.shape[-1], PANEL):  # H is symmetric: its upper triangle will do
-                panel = slice(low, low + PANEL)
-                add_product(self.hessian[: low + PANEL, panel], flat[:, : low + PANEL], flat[:, panel])
-        if x_f is None:
+        if x_f is not None:
+            self.sum_f += x_f.sum(axis, dtype=torch.float32)
+        if self.hessian is None:
             return
-        self.sum_f += x_f.sum(axis, dtype=torch.float32)
-        if self.cross is not None:
-            add_product(self.cross, (x_f - x_q).flatten(0, 1), flat)
+        difference = (x_f - x_q).flatten(0, 1) if x_f is not None and self.cross is not None else None
+        flat = x_q.flatten(0, 1)
+        for start in range(0, len(flat), PRODUCT_TOKENS):
+            tokens = slice(start, start + PRODUCT_TOKENS)
+            columns = flat[tokens].T
+            if columns.dtype == torch.bfloat16 and columns.device.type == "cpu":
+                columns = columns.contiguous()  # products with a transposed view take up to twice the time
+            for low in range(0, len(columns), PANEL):  # H is symmetric: its upper triangle will do
+                panel = slice(low, low + PANEL)
+                add_product(self.hessian[: low + PANEL, panel], columns[: low + PANEL], flat[tokens, panel])
+            if difference is not None and self.cross is not None:
+                add_product(self.cross.T, columns, difference[tokens])
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens; the sums are used up.
@@ -74,16 +81,13 @@ class InputStatistics:
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left^T right for (tokens, n), summed in float32.
+    """total += left right, for (n, tokens) and (tokens, m), summed in float32.
 
-    Products of a bfloat16 forward are taken in bfloat16, a few tokens at a time: a CPU rounds each partial
-    product once, which averages out over the calibration set.
+    A product of bfloat16 rounds once on a CPU: over a few tokens at a time, that averages out.
     """
     if left.dtype == torch.float32:
-        total.addmm_(left.T, right)
-        return
-    for a, b in zip(torch.split(left, PRODUCT_TOKENS), torch.split(right, PRODUCT_TOKENS), strict=True):
-        if total.device.type == "cuda":
-            total += torch.mm(a.T, b, out_dtype=torch.float32)
-        else:
-            total += a.T @ b
+        total.addmm_(left, right)
+    elif total.device.type == "cuda":
+        total += torch.mm(left, right, out_dtype=torch.float32)
+    else:
+        total += left @ right

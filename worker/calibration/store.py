@@ -18,6 +18,7 @@ from torch import Tensor
 
 from quantry.contract import BlockReport, LayerReport
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from worker.models.network import Network, join
 
 
 @dataclass(frozen=True)
@@ -89,11 +90,11 @@ class BlockStore:
         reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
         return FinishedBlock(layers, reports, BlockReport.model_validate_json(metadata["report"]))
 
-    def layers(self, blocks: str, count: int) -> Iterator[tuple[str, QuantizedLayer]]:
-        """Every layer under its canonical name, block by block."""
-        for index in range(count):
+    def layers(self, network: Network) -> Iterator[tuple[str, QuantizedLayer]]:
+        """Every layer under its full name, block by block."""
+        for index in range(network.count):
             for name, layer in self.load(index, torch.device("cpu")).layers.items():
-                yield f"{blocks}.{index}.{name}", layer
+                yield join(network.prefix(index), name), layer
 
     def _path(self, index: int) -> Path:
         return self._folder / f"block-{index:05d}.safetensors"

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
-from worker.errors import NonFiniteError
-from worker.models.causal_lm import BlockCall, CausalLM, run_block
-
-BATCH_TOKENS = 2048  # windows that run together hold about this many tokens
-HEAD_TOKENS = 256  # positions whose logits exist at once
+from worker.models.calls import BlockCall, run_block
+from worker.models.network import Network
 
 
 @dataclass
 class Stream:
-    """`hidden` (windows, length, width) is overwritten by each block; `calls` maps a batch's size to the calls."""
+    """`hidden` (windows, length, width) is overwritten by each block; `calls` maps a batch's size to the calls.
+
+    tokens: what went in: token windows, or pixels (images, channels, height, width).
+    """
 
     tokens: Tensor
     hidden: Tensor
     calls: dict[int, list[BlockCall]]
     batch: int
+    _reshaped: Tensor | None = None
 
     @classmethod
     @torch.no_grad()
-    def embed(cls, model: CausalLM, tokens: Tensor) -> Stream:
-        """What enters the first block, for tokens (windows, length)."""
-        batch = max(1, BATCH_TOKENS // tokens.shape[1])
+    def embed(cls, model: Network, tokens: Tensor) -> Stream:
+        """What enters the first block."""
+        batch = model.batch(tokens)
         hidden: Tensor | None = None
         calls: dict[int, list[BlockCall]] = {}
         for start in range(0, len(tokens), batch):
@@ -54,29 +53,18 @@ class Stream:
     def advance(self, block: nn.Module, index: int) -> None:
         """Run the block over the whole stream, in place."""
         for where, states, call in self.batches(index):
-            self.hidden[where] = run_block(block, states, call)
+            self.put(where, run_block(block, states, call))
 
-
-@torch.no_grad()
-def perplexity(model: CausalLM, stream: Stream, tell: Callable[[int], None]) -> float:
-    """exp(mean negative log-likelihood) over the length - 1 predictions of every window, summed in float64.
-
-    `stream` has left the last block. `tell` hears how many windows are done.
-    Raises: NonFiniteError if the likelihood is not finite.
-    """
-    total, count = 0.0, 0
-    for number, (window, states) in enumerate(zip(stream.tokens, stream.hidden, strict=True), 1):
-        for low in range(0, len(window) - 1, HEAD_TOKENS):
-            high = min(low + HEAD_TOKENS, len(window) - 1)
-            logits = model.head(window[None, low:high], states[None, low:high])[0].float()
-            targets = window[low + 1 : high + 1].to(logits.device)
-            total += float(cross_entropy(logits, targets, reduction="sum"))
-            count += high - low
-        if number % 8 == 0 or number == len(stream.tokens):
-            tell(number)
-    if not math.isfinite(total):
-        raise NonFiniteError("the model's log-likelihood is NaN or infinite")
-    return math.exp(min(total / count, 700.0))
+    def put(self, where: slice, states: Tensor) -> None:
+        """Set what one batch leaves a block with, in order; the buffer changes where the block changes the shape."""
+        if states.shape[1:] == self.hidden.shape[1:]:
+            self.hidden[where] = states
+            return
+        if self._reshaped is None:
+            self._reshaped = states.new_empty(len(self.hidden), *states.shape[1:])
+        self._reshaped[where] = states
+        if where.stop == len(self.hidden):
+            self.hidden, self._reshaped = self._reshaped, None
 
 
 @torch.no_grad()
@@ -90,6 +78,6 @@ def difference(stream: Stream, reference: Stream) -> tuple[float, float]:
         error = a.float() - b.float()
         squared += float(error.square().sum(dtype=torch.float64))
         power += float(b.float().square().sum(dtype=torch.float64))
-        mean += error.sum((0, 1), dtype=torch.float64)
-    mean /= stream.tokens.numel()
+        mean += error.flatten(0, -2).sum(0, dtype=torch.float64)
+    mean /= stream.hidden[..., 0].numel()
     return squared / max(power, 1e-300), float(mean.square().mean().sqrt())

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -18,10 +18,9 @@ from torch import Tensor
 from quantry.bundled import bundled_text
 from quantry.contract import DatasetRef
 from worker.errors import DatasetError
-from worker.models.source import hub_file, local_path
+from worker.models.source import Role, dataset_path
 from worker.workspace import Workspace
 
-Role = Literal["calibration", "evaluation"]
 SHINGLE = 32  # tokens; a run of this many that stands in both texts counts as overlap
 
 
@@ -42,20 +41,8 @@ def load_text(ref: DatasetRef, role: Role, workspace: Workspace) -> Text:
             return Text(f"{ref.id} ({split})", (bundled_text(ref.id, split),))
         except (KeyError, ValueError) as error:
             raise DatasetError(f"{role}.dataset.id: {error}") from error
-    path = _path(ref, role, workspace)
+    path = dataset_path(ref, role, workspace)
     return _split(_read(path, ref, role), f"{path.name} ({split})", split)
-
-
-def _path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
-    if ref.source == "upload":
-        if ref.id not in workspace.uploads:
-            raise DatasetError(f"{role}.dataset.id: no uploaded text {ref.id}")
-        return workspace.uploads[ref.id]
-    if ref.source == "local":
-        return local_path(ref.id, workspace.model_roots, field=f"{role}.dataset.id")
-    if ref.file is None:
-        raise DatasetError(f"{role}.dataset.file: name the file inside the dataset repository {ref.id}")
-    return hub_file(ref.id, ref.file, ref.revision, workspace, repo_type="dataset")
 
 
 def _read(path: Path, ref: DatasetRef, role: Role) -> Text:

@@ -19,7 +19,7 @@ from torch.utils.hooks import RemovableHandle
 
 from worker.calibration.hooks import layer_input
 from worker.calibration.streams import Stream
-from worker.models.causal_lm import BlockCall, run_block
+from worker.models.calls import BlockCall, run_block
 
 WALK_SHARE = 4  # a walk may take this part of the free memory
 
@@ -27,8 +27,8 @@ WALK_SHARE = 4  # a walk may take this part of the free memory
 class Passage(Protocol):
     """A stream on its way through one block."""
 
-    def inputs(self) -> Iterator[Tensor]:
-        """The inputs at the next stop, batch by batch."""
+    def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
+        """The inputs at the next stop, batch by batch; `leave`: each batch goes on to the end once it was seen."""
 
     def finish(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The end: `(where, what entered the block, what leaves it)`, batch by batch.
@@ -44,8 +44,10 @@ def passage(
     block: nn.Module, layers: Sequence[nn.Module], stream: Stream, index: int, columns: int
 ) -> Passage:
     """A walk if the memory is there, else reruns. columns: of the widest layer; layers: where to stop."""
-    needed = stream.tokens.numel() * (stream.hidden.shape[-1] * 4 + columns) * stream.hidden.element_size()
-    device = stream.hidden.device
+    hidden = stream.hidden
+    rows = hidden[..., 0].numel()
+    needed = rows * (hidden.shape[-1] * 4 + columns) * hidden.element_size()
+    device = hidden.device
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     kind = Walk if needed * WALK_SHARE < free else Rerun
     return kind(block, layers, stream, index)
@@ -61,9 +63,13 @@ class Walk:
         for where, states, call in stream.batches(index):
             self._runs.append((where, greenlet(partial(_forward, block, call)), states))
 
-    def inputs(self) -> Iterator[Tensor]:
-        for _, run, states in self._runs:
+    def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
+        for where, run, states in self._runs:
             yield run.switch(states)
+            if leave:
+                self._stream.put(where, run.switch(states))
+        if leave:
+            self.close()
 
     def finish(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for hook in self._hooks:
@@ -71,7 +77,7 @@ class Walk:
         for where, run, states in self._runs:
             out = run.switch(states)
             yield where, states, out
-            self._stream.hidden[where] = out
+            self._stream.put(where, out)
         self._runs = []
 
     def close(self) -> None:
@@ -94,16 +100,18 @@ class Rerun:
     def __init__(self, block: nn.Module, layers: Sequence[nn.Module], stream: Stream, index: int) -> None:
         self._block, self._layers, self._stream, self._index = block, iter(layers), stream, index
 
-    def inputs(self) -> Iterator[Tensor]:
+    def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
         layer = next(self._layers)
-        for _, states, call in self._stream.batches(self._index):
+        for where, states, call in self._stream.batches(self._index):
             yield layer_input(self._block, layer, states, call)
+            if leave:
+                self._stream.put(where, run_block(self._block, states, call))
 
     def finish(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for where, states, call in self._stream.batches(self._index):
             out = run_block(self._block, states, call)
             yield where, states, out
-            self._stream.hidden[where] = out
+            self._stream.put(where, out)
 
     def close(self) -> None:
         """Nothing is held."""

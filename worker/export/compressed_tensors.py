@@ -44,35 +44,53 @@ class CompressedTensors:
         schemes: dict[tuple[int, int | None], list[str]] = {}
         for layer in stored:
             schemes.setdefault((layer.bits, layer.group_size), []).append(layer.name)
-        groups = {
-            f"group_{number}": _group(bits, size, ["Linear"] if len(schemes) == 1 else names)
-            for number, ((bits, size), names) in enumerate(schemes.items())
-        }
-        return {
-            "quant_method": LABEL,
-            "format": "pack-quantized",
-            "quantization_status": "compressed",
-            "config_groups": groups,
-            "ignore": list(dense),
-            "kv_cache_scheme": None,
-            **provenance.as_json(),
-        }
+        groups = [
+            (integers(bits, "group" if size else "channel", group_size=size), None, names)
+            for (bits, size), names in schemes.items()
+        ]
+        return config_of("pack-quantized", groups, dense, provenance)
 
 
-def _group(bits: int, group_size: int | None, targets: list[str]) -> dict[str, Any]:
-    """One entry of `config_groups`; without `format` in it transformers guesses."""
-    weights = {
+def config_of(
+    format: str,
+    groups: Sequence[tuple[dict[str, Any], dict[str, Any] | None, list[str]]],
+    dense: Sequence[str],
+    provenance: Provenance,
+) -> dict[str, Any]:
+    """`quantization_config`. groups: how weights and inputs are quantized, and the layers of each.
+
+    The format stands in every group as well: without it transformers guesses.
+    """
+    entries = {
+        f"group_{number}": {
+            "targets": ["Linear"] if len(groups) == 1 else names,
+            "format": format,
+            "weights": weights,
+            "input_activations": inputs,
+            "output_activations": None,
+        }
+        for number, (weights, inputs, names) in enumerate(groups)
+    }
+    return {
+        "quant_method": LABEL,
+        "format": format,
+        "quantization_status": "compressed",
+        "config_groups": entries,
+        "ignore": list(dense),
+        "kv_cache_scheme": None,
+        **provenance.as_json(),
+    }
+
+
+def integers(
+    bits: int, strategy: str, *, group_size: int | None = None, dynamic: bool = False
+) -> dict[str, Any]:
+    """Symmetric signed integers of `bits`, with a scale for each part that `strategy` names."""
+    return {
         "num_bits": bits,
         "type": "int",
         "symmetric": True,
-        "strategy": "group" if group_size else "channel",
+        "strategy": strategy,
         "group_size": group_size,
-        "dynamic": False,
-    }
-    return {
-        "targets": targets,
-        "format": "pack-quantized",
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
+        "dynamic": dynamic,
     }

@@ -15,7 +15,7 @@ from typing import Any
 from quantry.contract import FileEntry
 from worker.errors import DiskFull
 
-# What a tokenizer and the terms of use consist of; weights and configs are written by the formats.
+# What a tokenizer, an image processor and the terms of use consist of; weights and configs are written by the formats.
 COPIED = (
     "tokenizer*",
     "*.model",
@@ -26,6 +26,8 @@ COPIED = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE*",
     "LICENCE*",
     "NOTICE*",
@@ -87,7 +89,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def copy_companions(source: Path, target: Path) -> list[str]:
-    """Copy tokenizer, generation config and licence of the model; returns their names."""
+    """Copy tokenizer, image processor, generation config and licence of the model; returns their names."""
     found = {path for pattern in COPIED for path in source.glob(pattern) if path.is_file()}
     names = sorted(path.relative_to(source).as_posix() for path in found)
     for name in names:

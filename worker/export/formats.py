@@ -89,6 +89,22 @@ def check_layer(name: str, layer: QuantizedLayer) -> None:
         raise ExportError(f"layer `{name}`: bias of shape {tuple(layer.bias.shape)}, expected {(rows,)}")
 
 
+def stored_layer(name: str, local: str, layer: QuantizedLayer) -> Stored:
+    """Check a layer and note what will be said of it. Raises ExportError."""
+    check_layer(name, layer)
+    weight = layer.weight
+    return Stored(
+        name=name,
+        local=local,
+        bits=weight.bits,
+        group_size=weight.group_size,
+        symmetric=weight.symmetric,
+        scale_dtype=weight.scale.dtype,
+        bias=layer.bias is not None,
+        positions=0 if layer.position_bias is None else len(layer.position_bias),
+    )
+
+
 def float16_scale(name: str, layer: QuantizedLayer, label: str) -> Tensor:
     """The scales in float16, unchanged in value. Raises ExportError where that is not possible."""
     scale = layer.weight.scale

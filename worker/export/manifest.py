@@ -44,8 +44,9 @@ def write_manifest(
 def loader_of(folder: Path, format: str) -> Loader:
     """The package and the lines that load this artifact."""
     name = "path/to/this/folder"  # the user chooses where it lies
-    stock = f'AutoModelForCausalLM.from_pretrained("{name}")'
-    imported = "from transformers import AutoModelForCausalLM\n"
+    auto = "AutoModelForImageClassification" if is_classifier(folder) else "AutoModelForCausalLM"
+    stock = f'{auto}.from_pretrained("{name}")'
+    imported = f"from transformers import {auto}\n"
     if format == "compressed-tensors":
         version = ">=0.18" if _bits(folder) - {2, 4, 8} else ">=0.9"
         return Loader(package="compressed-tensors", version=version, snippet=f"{imported}model = {stock}")
@@ -57,6 +58,12 @@ def loader_of(folder: Path, format: str) -> Loader:
         return Loader(package="llama-cpp-python", version=">=0.3", snippet=snippet)
     snippet = f"import quantry\n{imported}model = {stock}"
     return Loader(package="quantry[torch]", version=f">={quantry.__version__}", snippet=snippet)
+
+
+def is_classifier(folder: Path) -> bool:
+    """Whether the config of a checkpoint is of an image classifier."""
+    architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
+    return any(name.endswith("ForImageClassification") for name in architectures)
 
 
 def _bits(folder: Path) -> set[int]:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quantry
-from quantry.contract import BiasCompensationStep, QualityRow, SizeReport, Step
+from quantry.contract import BiasCompensationStep, GptqStep, QualityRow, RtnStep, SizeReport, Step
+from quantry.wording import METHODS, figure_text, metric_text, recipe_text, samples_text
 from worker.export.files import whole_or_nothing, write_bytes
-from worker.export.manifest import loader_of
+from worker.export.manifest import is_classifier, loader_of
 
 _NOTES = {
     "compressed-tensors": "Reads with stock transformers and vLLM; nothing of Quantry is needed.",
@@ -45,7 +46,7 @@ def write_model_card(
     """
     loader = loader_of(folder, format)
     parts = [
-        _front_matter(base_model, format, source),
+        _front_matter(base_model, format, source, is_classifier(folder)),
         f"# {base_model}, quantized\n",
         f"Made by Quantry {quantry.__version__} from `{base_model}`.\n",
         "## How it was made\n",
@@ -63,11 +64,11 @@ def write_model_card(
         write_bytes(folder / "README.md", "\n".join(part for part in parts if part).encode())
 
 
-def _front_matter(base_model: str, format: str, source: Path | None) -> str:
+def _front_matter(base_model: str, format: str, source: Path | None, classifier: bool) -> str:
     lines = [
         "library_name: transformers",
-        "pipeline_tag: text-generation",
-        f"tags: [quantized, {format}, quantry]",
+        f"pipeline_tag: {'image-classification' if classifier else 'text-generation'}",
+        f"tags: [{', '.join(dict.fromkeys(('quantized', format, 'quantry')))}]",
     ]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("bundled/"):
         lines += [f"base_model: {base_model}", "base_model_relation: quantized"]
@@ -82,10 +83,13 @@ def _step(step: Step) -> str:
     """One step of the recipe in words."""
     if isinstance(step, BiasCompensationStep):
         where = "channel" if step.granularity == "channel" else "position and channel"
-        return f"Bias compensation per {where} (Gong et al. 2024, arXiv:2404.01892), {step.targets} targets"
+        return f"Bias compensation per {where} ({METHODS[step.method].citation}), {step.targets} targets"
+    if not isinstance(step, RtnStep | GptqStep):
+        words, cited = recipe_text([step]), METHODS[step.method].citation
+        return words[:1].upper() + words[1:] + (f" ({cited})" if cited else "")
     grid = f"{step.bits} bits, {'symmetric' if step.symmetric else 'asymmetric'}, "
     grid += f"groups of {step.group_size}" if step.group_size else "per channel"
-    title = "Round to nearest" if step.method == "rtn" else "GPTQ (Frantar et al. 2022, arXiv:2210.17323)"
+    title = "Round to nearest" if step.method == "rtn" else f"GPTQ ({METHODS['gptq'].citation})"
     return f"{title}: {grid}, clipping {step.clip}"
 
 
@@ -95,18 +99,15 @@ def _figures(quality: Sequence[QualityRow], size: SizeReport | None) -> str:
         return ""
     text = "## Measured\n\n"
     if quality:
-        text += "| metric | text | full precision | round to nearest | this checkpoint |\n"
+        text += "| metric | data | full precision | round to nearest | this checkpoint |\n"
         text += "| --- | --- | --- | --- | --- |\n"
         for row in quality:
-            values = " | ".join(_number(value) for value in (row.fp, row.rtn, row.quantized))
-            text += f"| {row.metric} | {row.dataset}, {row.samples} windows | {values} |\n"
+            values = " | ".join(figure_text(row.metric, value) for value in (row.fp, row.rtn, row.quantized))
+            measured = f"{row.dataset}, {samples_text(row.metric, row.samples)}"
+            text += f"| {metric_text(row.metric)} | {measured} | {values} |\n"
     if size is not None:
         text += (
             f"\n{size.effective_bits:.2f} bits per quantized weight, with scales, zero-points and added "
             f"biases; {size.quantized_bytes} bytes instead of {size.fp_bytes}.\n"
         )
     return text
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"

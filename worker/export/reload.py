@@ -10,6 +10,7 @@ import importlib
 import json
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,39 @@ def compare(folder: Path, format: str, reference: Path) -> dict[str, Any]:
     """Load, run and measure; in the clean process. Raises whatever the loader raises."""
     torch = importlib.import_module("torch")
     tensors = importlib.import_module("safetensors.torch").load_file(reference)
-    model = _load(folder, format)
+    images = "pixel_values" in tensors
+    model = _load(folder, format, images)
     wanted = tensors["logits"].float()
     square, worst, agree = 0.0, 0.0, 0
     with torch.no_grad():
-        for ids, logits in zip(tensors["input_ids"], wanted, strict=True):
-            got = model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0].float()
-            difference = (got - logits).abs().max()
+        for got, logits in _forwards(model, tensors):
+            difference = (got.float() - logits).abs().max()
             if not torch.isfinite(difference):
                 raise ValueError("the reloaded checkpoint computes NaN or infinity")
             worst = max(worst, float(difference))
             square += float(logits.double().pow(2).sum())
             agree += int((got.argmax(-1) == logits.argmax(-1)).sum())
-    tokens = wanted.shape[0] * wanted.shape[1]
+    count = wanted.numel() // wanted.shape[-1]
     rms = (square / wanted.numel()) ** 0.5
     return {
         "max_abs_difference": worst,
         "relative_difference": worst / rms if rms else worst,
-        "argmax_agreement": agree / tokens,
-        "tokens": tokens,
+        "argmax_agreement": agree / count,
+        "images" if images else "tokens": count,
     }
 
 
-def _load(folder: Path, format: str) -> Any:
+def _forwards(model: Any, tensors: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
+    """(logits computed, logits wanted): images in one batch, as they were given; texts one by one."""
+    wanted = tensors["logits"].float()
+    if "pixel_values" in tensors:
+        yield model(pixel_values=tensors["pixel_values"]).logits, wanted
+        return
+    for ids, logits in zip(tensors["input_ids"], wanted, strict=True):
+        yield model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0], logits
+
+
+def _load(folder: Path, format: str, images: bool) -> Any:
     """The model in float32. Raises ValueError for missing or unexpected tensors."""
     torch = importlib.import_module("torch")
     if format in ("gptq", "gguf"):
@@ -49,7 +60,8 @@ def _load(folder: Path, format: str) -> Any:
         importlib.import_module("quantry")
     elif "quantry" in sys.modules:
         raise RuntimeError("quantry must not have a hand in loading this format")
-    auto = importlib.import_module("transformers").AutoModelForCausalLM
+    transformers = importlib.import_module("transformers")
+    auto = transformers.AutoModelForImageClassification if images else transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:

@@ -2,8 +2,9 @@
 
     python -m worker.export.verify FOLDER REFERENCE.safetensors --json
 
-REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab). Exit status 0: they agree; 1:
-they do not, or the checkpoint does not load with every tensor in its place.
+REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab), or `pixel_values` float32 (n, C, H,
+W) and `logits` float32 (n, classes) as one batch of them gives. Exit status 0: they agree; 1: they do not, or
+the checkpoint does not load with every tensor in its place.
 
 Loaders: compressed-tensors: stock transformers, nothing of ours is imported; quantry: the same after
 `import quantry`; gptq and gguf: their stock loaders are not part of a worker (and transformers drops biases
@@ -40,7 +41,7 @@ def verify(
 ) -> dict[str, float | str]:
     """Reload `folder` in a clean process and compare.
 
-    Returns: loader, max_abs_difference, relative_difference (of the rms logit), argmax_agreement, tokens.
+    Returns: loader, max_abs_difference, relative_difference (of the rms logit), argmax_agreement, tokens or images.
     Raises: VerificationError saying what the clean process saw.
     """
     result = _reload(folder, format, reference, threads)

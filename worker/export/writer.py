@@ -16,21 +16,18 @@ from quantry.quantizers.affine import QuantizedLayer
 from worker.errors import ExportError
 from worker.export.compressed_tensors import CompressedTensors
 from worker.export.files import copy_companions, sync_folder, whole_or_nothing, write_json
-from worker.export.formats import Provenance, Stored, WeightFormat, check_layer
+from worker.export.formats import Provenance, Stored, WeightFormat, stored_layer
 from worker.export.gguf_file import export_gguf
 from worker.export.gptq import Gptq
+from worker.export.int_quantized import IntQuantized
 from worker.export.manifest import write_manifest
 from worker.export.model_card import write_model_card
-from worker.export.quantry_format import QuantryFormat
+from worker.export.quantry_format import Operands, QuantryFormat
 from worker.export.shards import ShardWriter
 from worker.export.slots import config_with_slots, linear_names, skeleton, zero_biases
 
 Written = Literal["compressed-tensors", "gptq", "gguf", "quantry"]
-FORMATS: dict[str, Callable[[], WeightFormat]] = {
-    "compressed-tensors": CompressedTensors,
-    "gptq": Gptq,
-    "quantry": QuantryFormat,
-}
+FORMATS: dict[str, Callable[[], WeightFormat]] = {"compressed-tensors": CompressedTensors, "gptq": Gptq}
 # The scales that a format holds exactly: float16 only, or also float32.
 SCALE_DTYPES: dict[Written, tuple[torch.dtype, ...]] = {
     "compressed-tensors": (torch.float16, torch.float32),
@@ -50,6 +47,7 @@ def export(
     family: Family,
     layers: Iterable[tuple[str, QuantizedLayer]],
     kept: Iterable[tuple[str, Tensor]],
+    operands: Operands | None = None,
     job: str | None = None,
     recipe: Sequence[Step] = (),
     base_model: str | None = None,
@@ -63,6 +61,7 @@ def export(
         layers: (canonical name, layer), such as "model.layers.0.self_attn.q_proj"; codes are (out, in), also
             where the family stores weights transposed.
         kept: (canonical name, tensor) of everything else, stored as it is.
+        operands: activation quantizers and softmax biases, which format `quantry` alone can hold.
         recipe, base_model, job: where the checkpoint comes from, for its config and card.
     Returns: what was written so far, with sha256 digests; `write_manifest` puts it on the disk, last.
     Raises: ExportError if the format cannot hold the model exactly; DiskFull. `target` is then empty again.
@@ -71,12 +70,16 @@ def export(
     provenance = Provenance(base_model or source.name, quantry.__version__, steps, job)
     if any(target.iterdir()):
         raise ExportError(f"{target} is not empty: a checkpoint is written into a fresh folder")
+    integer = operands is not None and format == "compressed-tensors" and not operands.probability_bias
+    if operands and format != "quantry" and not integer:
+        raise ExportError(f"{format} has no place for what quantizes activations: use format `quantry`")
     with whole_or_nothing(target):
         if format == "gguf":
             files = export_gguf(source, target, config, family, layers, kept)
         else:
+            encoder = _encoder(format, operands, family)
             files = _export_safetensors(
-                target, FORMATS[format](), config, family, layers, kept, provenance, shard_bytes
+                target, encoder, config, family, layers, kept, provenance, shard_bytes
             )
         copy_companions(source, target)
         write_model_card(
@@ -85,6 +88,12 @@ def export(
         manifest = write_manifest(target, format=format, job=job, known=files, write=False)
         sync_folder(target)
     return manifest
+
+
+def _encoder(format: Written, operands: Operands | None, family: Family) -> WeightFormat:
+    if format == "quantry":
+        return QuantryFormat(operands)
+    return IntQuantized(operands.quantizers, family) if operands else FORMATS[format]()
 
 
 def _export_safetensors(
@@ -142,21 +151,10 @@ def _export_safetensors(
 
 def _note(name: str, layer: QuantizedLayer, family: Family) -> Stored:
     """Check a layer and note what will be said of it. Raises ExportError."""
-    check_layer(name, layer)
-    weight = layer.weight
     local = next((local for local in family.linears if name.endswith(f".{local}")), None)
     if local is None or not name.startswith(f"{family.blocks}."):
         raise ExportError(f"layer `{name}` is none of the linear layers of {family.model_type}")
-    return Stored(
-        name=name,
-        local=local,
-        bits=weight.bits,
-        group_size=weight.group_size,
-        symmetric=weight.symmetric,
-        scale_dtype=weight.scale.dtype,
-        bias=layer.bias is not None,
-        positions=0 if layer.position_bias is None else len(layer.position_bias),
-    )
+    return stored_layer(name, local, layer)
 
 
 def _add(shards: ShardWriter, tensors: Mapping[str, Tensor]) -> None:

@@ -165,28 +165,39 @@ def sweep(w: Tensor, root: Tensor, columns: Columns, leaf: int = LEAF) -> Tensor
     Args: w: (n, out), overwritten. root: U (n, n). Returns: codes (n, out) float32.
     The lazy update is recursive: halve the columns, sweep the left, update the right by one product.
     """
-    codes = torch.empty_like(w)
-    errors = torch.empty_like(w)
-    diagonal = root.diagonal().tolist()
+    codes, errors = torch.empty_like(w), torch.empty_like(w)
     group_of = columns.group_of.tolist()
     scale, zero = list(columns.scale), list(columns.zero)
-
-    def run(low: int, high: int) -> None:
-        if high - low > leaf:
-            middle = (low + high) // 2
-            run(low, middle)
-            w[middle:high].addmm_(root[low:middle, middle:high].T, errors[low:middle], alpha=-1)
-            run(middle, high)
-            return
-        for i in range(low, high):
-            s, z = scale[group_of[i]], zero[group_of[i]]
-            q = torch.div(w[i], s, out=codes[i]).round_().add_(z).clamp_(0, columns.top)
-            error = torch.sub(w[i], (q - z).mul_(s), out=errors[i]).div_(diagonal[i])
-            if i + 1 < high:
-                w[i + 1 : high].addr_(root[i, i + 1 : high], error, alpha=-1)
-
-    run(0, len(w))
+    grid = [(scale[g], zero[g], d) for g, d in zip(group_of, root.diagonal().tolist(), strict=True)]
+    _sweep_columns(w, root, codes, errors, grid, columns.top, leaf)
     return codes
+
+
+def _sweep_columns(
+    w: Tensor,
+    root: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    grid: list[tuple[Tensor, Tensor, float]],
+    top: int,
+    leaf: int,
+) -> None:
+    """Sweep these columns; w, codes and errors are overwritten. grid: scale, zero and U_ii of each column."""
+    count = len(w)
+    if count > leaf:
+        half = count // 2
+        first, second = slice(half), slice(half, count)
+        _sweep_columns(w[first], root[first, first], codes[first], errors[first], grid[first], top, leaf)
+        w[second].addmm_(root[first, second].T, errors[first], alpha=-1)
+        _sweep_columns(
+            w[second], root[second, second], codes[second], errors[second], grid[second], top, leaf
+        )
+        return
+    for i, (s, z, diagonal) in enumerate(grid):
+        q = torch.div(w[i], s, out=codes[i]).round_().add_(z).clamp_(0, top)
+        error = torch.sub(w[i], (q - z).mul_(s), out=errors[i]).div_(diagonal)
+        if i + 1 < count:
+            w[i + 1 :].addr_(root[i, i + 1 :], error, alpha=-1)
 
 
 def descend(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Columns:

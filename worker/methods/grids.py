@@ -76,33 +76,24 @@ _LEAST = {2: 0.3, 3: 0.45, 4: 0.6, 5: 0.7, 6: 0.8, 8: 0.9}
 
 def _search(w: Tensor, bits: int, symmetric: bool, weight: Tensor | None, steps: int) -> Grid:
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
-    best: Grid | None = None
-    least: Tensor | None = None
-    for candidate in _candidates(low, high, bits, symmetric, steps):
-        error = _error(w, candidate, weight)
-        if best is None or least is None:
-            best, least = candidate, error
-            continue
-        better = error < least
-        least = torch.where(better, error, least)
-        scale = torch.where(better, candidate.scale, best.scale)
-        best = Grid(scale, torch.where(better, candidate.zero_point, best.zero_point), bits, symmetric)
-    assert best is not None
-    return best
-
-
-def _candidates(low: Tensor, high: Tensor, bits: int, symmetric: bool, steps: int) -> list[Grid]:
     least = _LEAST[bits]
     shrinks = [1 - (1 - least) * i / (steps - 1) for i in range(steps)]
-    if not symmetric:
-        return [_grid(p * low, p * high, bits, False) for p in shrinks]
-    half = 2 ** (bits - 1)
-    reach = torch.maximum(high, -low)
-    reach = torch.where(reach > 0, reach, torch.ones_like(reach))
-    zero = torch.full_like(reach, half)
-    signs = (1.0, -1.0) if bits <= 5 else (1.0,)
-    top = half - 0.5 if bits > 2 else half - 0.25  # beyond this the longer side leaves no code unused
-    return [Grid(store_scale(s * p * reach / top), zero, bits, True) for p in shrinks for s in signs]
+    if symmetric:
+        return _search_symmetric(w, torch.maximum(high, -low), bits, weight, shrinks)
+    best: Grid | None = None
+    lowest: Tensor | None = None
+    for shrink in shrinks:
+        candidate = _grid(shrink * low, shrink * high, bits, False)
+        error = _error(w, candidate, weight)
+        if best is None or lowest is None:
+            best, lowest = candidate, error
+            continue
+        better = error < lowest
+        lowest = torch.where(better, error, lowest)
+        scale = torch.where(better, candidate.scale, best.scale)
+        best = Grid(scale, torch.where(better, candidate.zero_point, best.zero_point), bits, False)
+    assert best is not None
+    return best
 
 
 def _error(w: Tensor, grid: Grid, weight: Tensor | None) -> Tensor:
@@ -111,3 +102,30 @@ def _error(w: Tensor, grid: Grid, weight: Tensor | None) -> Tensor:
     q = (w / scale).round_().add_(zero).clamp_(0, 2**grid.bits - 1)
     error = q.sub_(zero).mul_(scale).sub_(w).square_()
     return (error if weight is None else error.mul_(weight)).sum(-1)
+
+
+def _search_symmetric(
+    w: Tensor, reach: Tensor, bits: int, weight: Tensor | None, shrinks: list[float]
+) -> Grid:
+    """Symmetric ranges, with the spare code on either side. reach: largest magnitude, (rows, groups).
+
+    Everything is measured in units of `reach`, so that a candidate is one number for all groups.
+    """
+    half = 2 ** (bits - 1)
+    reach = torch.where(reach > 0, reach, torch.ones_like(reach))
+    unit = w / reach.unsqueeze(-1)
+    top = half - 0.5 if bits > 2 else half - 0.25  # beyond this the longer side leaves no code unused
+    signs = (1, -1) if bits <= 5 else (1,)
+    best, lowest = torch.empty_like(reach), torch.full_like(reach, torch.inf)
+    for shrink in shrinks:
+        scaled = unit * (top / shrink)
+        rounded = scaled.round()
+        for sign in signs:
+            ends = (-half, half - 1) if sign > 0 else (1 - half, half)
+            error = rounded.clamp(*ends).sub_(scaled)
+            squared = error.square_() if weight is None else torch.mul(error, weight).mul_(error)
+            total = squared.sum(-1).mul_((shrink / top) ** 2)
+            better = total < lowest
+            lowest = torch.where(better, total, lowest)
+            best = torch.where(better, sign * shrink / top, best)
+    return Grid(store_scale(best * reach), torch.full_like(reach, half), bits, True)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from worker.block import QuantizedBlock
 from worker.calibration.hooks import outputs_of
 from worker.calibration.streams import Stream
-from worker.models.causal_lm import CausalLM, run_block
+from worker.models.calls import run_block
+from worker.models.network import Network, channels_last, linears
 
 
 class ErrorSum:
@@ -52,7 +53,7 @@ class ErrorSum:
 
 @torch.no_grad()
 def layer_errors(
-    model: CausalLM,
+    model: Network,
     index: int,
     original: nn.Module,
     block: QuantizedBlock,
@@ -68,8 +69,12 @@ def layer_errors(
         return errors
     reference: dict[str, Tensor] = {}
     where, states, call = next(streams["fp"].batches(index))
-    names = model.family.linears
-    with outputs_of({n: original.get_submodule(n) for n in names}, reference.__setitem__):
+    names = linears(model, index)
+
+    def keep(name: str, output: Tensor) -> None:
+        reference[name] = channels_last(original.get_submodule(name), output)
+
+    with outputs_of({n: original.get_submodule(n) for n in names}, keep):
         run_block(original, states, call)
     for network, module in (("quantized", block.module), ("rtn", nearest)):
         if module is None or network not in streams:
@@ -77,7 +82,8 @@ def layer_errors(
         sums = errors[network]
 
         def see(name: str, output: Tensor, sums: dict[str, ErrorSum] = sums) -> None:
-            sums.setdefault(name, ErrorSum()).update(output, reference[name])
+            values = channels_last(original.get_submodule(name), output)
+            sums.setdefault(name, ErrorSum()).update(values, reference[name])
 
         with outputs_of({n: module.get_submodule(n) for n in names}, see):
             run_block(module, streams[network].hidden[where], call)

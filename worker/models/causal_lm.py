@@ -18,18 +18,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantry.families import Family, family_of
+from quantry.families import Family, block_bias_layer, family_of
 from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
+from worker.models.calls import BlockCall
 from worker.models.tensors import Checkpoint
 
-
-@dataclass(frozen=True)
-class BlockCall:
-    """What the model passes to one block beside the hidden states: masks, positions, rotary tables."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
+BATCH_TOKENS = 2048  # windows that run together hold about this many tokens
 
 
 @dataclass
@@ -44,19 +39,26 @@ class CausalLM:
     Args:
         folder: a checked checkpoint (see `worker.models.source`).
         device: where the skeleton, the blocks and the activations live.
+        attention: transformers' implementation; "quantry" where probabilities are quantized; None: its default.
         dtype: of the forwards; the full-precision weights are read in the checkpoint's own dtype.
     Raises: ModelError if the folder's tensors do not fit the architecture.
     """
 
-    def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype) -> None:
-        self.folder, self.device, self.dtype = folder, device, dtype
+    def __init__(
+        self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: str | None = None
+    ) -> None:
+        self.folder, self.device, self.dtype, self.attention_kind = folder, device, dtype, attention
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: Family = family_of(self.config.to_dict())
         self.tensors = Checkpoint(folder, self.family)
         with torch.device("meta"):
-            self.model = AutoModelForCausalLM.from_config(self.config, dtype=dtype)
+            self.model = AutoModelForCausalLM.from_config(
+                self.config, dtype=dtype, attn_implementation=attention
+            )
         self.model.eval().requires_grad_(False)
         self._as_stored = True
+        self._scales: dict[str, Tensor] = {}
+        self._norms: dict[str, Tensor] = {}
         self._check_names()
         self._load_skeleton()
 
@@ -65,6 +67,25 @@ class CausalLM:
         blocks = self.model.get_submodule(self.family.blocks)
         assert isinstance(blocks, nn.ModuleList)
         return blocks
+
+    @property
+    def count(self) -> int:
+        return len(self.blocks)
+
+    def prefix(self, index: int) -> str:
+        return f"{self.family.blocks}.{index}"
+
+    def groups(self, index: int) -> tuple[tuple[str, ...], ...]:
+        return self.family.groups
+
+    def batch(self, inputs: Tensor) -> int:
+        return max(1, BATCH_TOKENS // inputs.shape[1])
+
+    def attention(self, index: int) -> str | None:
+        return self.family.groups[0][0].rpartition(".")[0]
+
+    def output_layer(self, index: int) -> str | None:
+        return block_bias_layer(self.family, self.config.to_dict())
 
     def tokenizer(self) -> Any:
         return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
@@ -79,10 +100,36 @@ class CausalLM:
 
     def block(self, index: int) -> nn.Module:
         """Block `index` in full precision, its own copy, in the forward's dtype."""
-        prefix = f"{self.family.blocks}.{index}"
+        prefix = self.prefix(index)
         block = copy.deepcopy(self.blocks[index])
         self._materialise(block, prefix)
+        self._rewrite(block, prefix)
         return block
+
+    def smooth(self, prefix: str, scales: Mapping[str, Tensor], norms: Mapping[str, Tensor]) -> None:
+        """From now on the block under `prefix` has these norms, and its layers' columns are multiplied by scales.
+
+        scales: (in,) by layer, norms: by tensor, both by name inside the block.
+        """
+        self._scales |= {f"{prefix}.{name}": scale for name, scale in scales.items()}
+        for name, tensor in norms.items():
+            kept = self.tensors.load(f"{prefix}.{name}").dtype
+            self._norms[f"{prefix}.{name}"] = tensor.to(kept)
+
+    def smooth_like(self, other: CausalLM) -> None:
+        """Take over what `smooth` did to another adapter of the same checkpoint."""
+        self._scales = {name: scale.to(self.device) for name, scale in other._scales.items()}
+        self._norms = {name: norm.to(self.device) for name, norm in other._norms.items()}
+
+    def _rewrite(self, block: nn.Module, prefix: str) -> None:
+        for name, tensor in self._norms.items():
+            if name.startswith(f"{prefix}."):
+                block.get_parameter(name.removeprefix(f"{prefix}.")).copy_(tensor)
+        for name in self._scales:
+            if name.startswith(f"{prefix}."):
+                weight = self.weight(name)
+                parameter = block.get_parameter(f"{name.removeprefix(f'{prefix}.')}.weight")
+                parameter.copy_(weight.T if self.family.transposed else weight)
 
     def columns(self, name: str) -> int:
         """The number of inputs of a linear layer."""
@@ -91,7 +138,8 @@ class CausalLM:
     def weight(self, name: str) -> Tensor:
         """The full-precision weight of a linear layer: (out, in) float32 on the device."""
         weight = self.tensors.load(f"{name}.weight").to(self.device, torch.float32)
-        return weight.T.contiguous() if self.family.transposed else weight
+        weight = weight.T.contiguous() if self.family.transposed else weight
+        return weight * self._scales[name] if name in self._scales else weight
 
     def bias(self, name: str) -> Tensor | None:
         """The full-precision bias (out,) float32, or None."""
@@ -160,6 +208,8 @@ class CausalLM:
         return set(self.model.all_tied_weights_keys)
 
     def _stored(self, name: str) -> Tensor:
+        if name in self._norms:
+            return self._norms[name].cpu()
         tensor = self.tensors.load(name)
         return tensor.half() if is_halved(name, self.tensors.infos[name].dtype) else tensor
 
@@ -218,10 +268,3 @@ class CausalLM:
                 key = ".".join(part for part in (prefix, path, name) if part)
                 if key in self.tensors:
                     self._copy(key, tensor.data)
-
-
-def run_block(block: nn.Module, hidden: Tensor, call: BlockCall) -> Tensor:
-    """The block's output hidden states, whatever else it returns."""
-    out = block(hidden, *call.args, **call.kwargs)
-    states: Tensor = out[0] if isinstance(out, tuple) else out
-    return states

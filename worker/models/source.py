@@ -18,12 +18,14 @@ from huggingface_hub.errors import (
 )
 
 from quantry.bundled import bundled_model
-from quantry.contract import ModelRef, SpecError
+from quantry.contract import DatasetRef, ModelRef, SpecError
 from quantry.families import family_of
+from quantry.vision import is_vision, vision_family_of
 from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound
 from worker.models.tensors import shard_files
 from worker.workspace import Workspace
 
+Role = Literal["calibration", "evaluation"]
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".py")
 
@@ -63,7 +65,7 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder.name} has no config.json: it is not a transformers checkpoint")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        family_of(config)
+        vision_family_of(config) if is_vision(config) else family_of(config)
     except SpecError as error:
         raise ModelError(f"{error.path}: {error.detail}") from error
     except ValueError as error:
@@ -74,7 +76,10 @@ def check_folder(folder: Path) -> dict[str, Any]:
         pickles = [f.name for f in folder.iterdir() if f.suffix in REFUSED]
         hint = f"; {pickles[0]} is a pickle or code and is refused" if pickles else ""
         raise ModelError(f"{folder.name} has no safetensors weights{hint}")
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    if is_vision(config):
+        if not (folder / "preprocessor_config.json").exists():
+            raise ModelError(f"{folder.name} has no preprocessor_config.json: images cannot be prepared")
+    elif not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(
             f"{folder.name} has no tokenizer (tokenizer.json): perplexity and calibration need it"
         )
@@ -98,6 +103,19 @@ def _download(ref: ModelRef, workspace: Workspace) -> Path:
         )
     except Exception as error:
         raise _hub_error(error, ref.id, ref.revision, workspace.offline) from error
+
+
+def dataset_path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
+    """Where an uploaded, local or hub dataset lies. Raises DatasetError and the kinds of ModelError."""
+    if ref.source == "upload":
+        if ref.id not in workspace.uploads:
+            raise DatasetError(f"{role}.dataset.id: there is no upload {ref.id}")
+        return workspace.uploads[ref.id]
+    if ref.source == "local":
+        return local_path(ref.id, workspace.model_roots, field=f"{role}.dataset.id")
+    if ref.file is None:
+        raise DatasetError(f"{role}.dataset.file: name the file inside the dataset repository {ref.id}")
+    return hub_file(ref.id, ref.file, ref.revision, workspace, repo_type="dataset")
 
 
 def hub_file(

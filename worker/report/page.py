@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -16,14 +15,32 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantry.contract import LayerReport, QualityRow, Report
-from quantry.wording import bytes_text, change_text, number_text, recipe_text, seconds_text
-from worker.report.charts import Frame, Series, bar, dumbbell, line_chart
-from worker.report.scales import log_bounds, positive
+from quantry.contract import QualityRow, Report
+from quantry.wording import (
+    bytes_text,
+    figure_change_text,
+    figure_text,
+    higher_is_better,
+    metric_text,
+    operations_text,
+    overhead_text,
+    recipe_text,
+    samples_text,
+    seconds_text,
+)
+from worker.report.charts import Frame, Series, bar, line_chart
+from worker.report.rows import (
+    by_block,
+    layer_rows,
+    means_text,
+    operand_rows,
+    row_sums_text,
+    worst_layers,
+    worst_operands,
+)
+from worker.report.scales import positive
 
 TEMPLATES = Path(__file__).parent / "templates"
-LOWER_IS_BETTER = ("perplexity",)
-MANY_LAYERS = 64  # from here on the worst come first and the rest is folded
 
 
 @dataclass(frozen=True)
@@ -47,18 +64,6 @@ class QualityLine:
     result: bool
 
 
-@dataclass(frozen=True)
-class LayerRow:
-    """A layer with its drawings. `block` and `short` are the two parts of its name."""
-
-    layer: LayerReport
-    block: str
-    short: str
-    sqnr: Markup
-    means: Markup
-    against_rtn: str
-
-
 def render(report: Report) -> str:
     """The page. Raises jinja2.TemplateError only for a fault of ours."""
     environment = Environment(
@@ -68,10 +73,23 @@ def render(report: Report) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"bytes": bytes_text, "seconds": seconds_text, "number": number_text}
-    environment.globals |= {"closed": closed_text, "small": small_text, "lines": quality_lines}
+    environment.filters |= {
+        "bytes": bytes_text,
+        "heading": heading_text,
+        "metric": metric_text,
+        "operations": operations_text,
+        "seconds": seconds_text,
+    }
+    environment.globals |= {
+        "closed": closed_text,
+        "lines": quality_lines,
+        "overhead": overhead_text,
+        "samples": samples_text,
+        "small": small_text,
+    }
     style = _style()
     layers = layer_rows(report.layers)
+    operands = operand_rows(report.operands)
     return environment.get_template("report.html").render(
         report=report,
         spec_json=report.spec.model_dump_json(indent=2) if report.spec else None,
@@ -84,10 +102,14 @@ def render(report: Report) -> str:
         charts=block_charts(report),
         layers=layers,
         groups=[(block, list(rows)) for block, rows in groupby(layers, lambda row: row.block)],
-        worst=sorted(layers, key=_sqnr)[:10] if len(layers) > MANY_LAYERS else [],
+        worst=worst_layers(layers),
         dampings=list(dict.fromkeys(layer.damping for layer in report.layers)),
         grids=sorted({(layer.bits, layer.group_size or 0) for layer in report.layers}),
         means=means_text(report.layers),
+        operands=operands,
+        operand_groups=by_block(operands),
+        worst_operands=worst_operands(operands),
+        row_sums=row_sums_text(report.operands),
         estimate=estimate_rows(report),
     )
 
@@ -107,42 +129,47 @@ def tiles(report: Report) -> list[Tile]:
 
 
 def _quality_tile(row: QualityRow) -> Tile:
-    change = signed(row.quantized, row.fp)
+    name, value = metric_text(row.metric), figure_text(row.metric, row.quantized)
+    change = change_of(row, row.quantized)
     if not change:
-        return Tile(row.metric, number_text(row.quantized), f"on {row.dataset}")
+        return Tile(name, value, f"on {row.dataset}")
     tone = "good" if _no_worse(row, row.fp) else "plain" if _no_worse(row, row.rtn) else "bad"
-    note = f"{number_text(row.quantized)} instead of {number_text(row.fp)}"
-    return Tile(row.metric, change, note, tone)
+    return Tile(name, change, f"{value} instead of {figure_text(row.metric, row.fp)}", tone)
 
 
 def _no_worse(row: QualityRow, than: float | None) -> bool:
     """Whether the result is at least as good as another figure of the row; true where there is none."""
     if row.quantized is None or than is None:
         return True
-    return row.quantized <= than if row.metric in LOWER_IS_BETTER else row.quantized >= than
+    return row.quantized >= than if higher_is_better(row.metric) else row.quantized <= than
 
 
 def quality_lines(row: QualityRow) -> list[QualityLine]:
     """Full precision, rounded to nearest, and the result; what was not measured is left out."""
     figures = (("Full precision", row.fp), ("Round to nearest", row.rtn), ("Quantized", row.quantized))
-    losses = [
-        abs(v - row.fp) for _, v in figures if v is not None and row.fp is not None and math.isfinite(v)
-    ]
-    widest = max(losses, default=0.0)
+    losses = {name: loss_of(row, value) for name, value in figures if name != "Full precision"}
+    widest = max((loss for loss in losses.values() if loss is not None and math.isfinite(loss)), default=0.0)
     found = []
     for name, value in figures:
         if value is None:
             continue
-        loss = abs(value - row.fp) if row.fp is not None and name != "Full precision" else None
         kind = "rtn" if name == "Round to nearest" else "ours"
-        drawn = bar(loss, low=0, high=widest, width=260, kind=kind) if widest else Markup("")
-        found.append(QualityLine(name, number_text(value), signed(value, row.fp), drawn, name == "Quantized"))
+        drawn = bar(losses.get(name), low=0, high=widest, width=260, kind=kind) if widest else Markup("")
+        text = figure_text(row.metric, value)
+        found.append(QualityLine(name, text, change_of(row, value), drawn, name == "Quantized"))
     return found
 
 
-def signed(value: float | None, base: float | None) -> str:
-    """The change in per cent, with a minus sign as print has it; nothing where it is zero by definition."""
-    return "" if value == base else change_text(value, base).replace("-", "−")
+def loss_of(row: QualityRow, value: float | None) -> float | None:
+    """How much worse than full precision a figure is; 0 where it is as good or better."""
+    if value is None or row.fp is None:
+        return None
+    return max(0.0, row.fp - value if higher_is_better(row.metric) else value - row.fp)
+
+
+def change_of(row: QualityRow, value: float | None) -> str:
+    """The change against full precision; nothing where it is zero by definition."""
+    return "" if value == row.fp else figure_change_text(row.metric, value, row.fp)
 
 
 def warnings_of(report: Report) -> list[str]:
@@ -160,10 +187,8 @@ def warnings_of(report: Report) -> list[str]:
 
 def closed_text(row: QualityRow) -> str:
     """How much of what rounding to nearest lost the job has won back, where rounding lost something."""
-    if row.fp is None or row.rtn is None or row.quantized is None:
-        return ""
-    lost, still = abs(row.rtn - row.fp), abs(row.quantized - row.fp)
-    if not lost or not all(map(math.isfinite, (lost, still))):
+    lost, still = loss_of(row, row.rtn), loss_of(row, row.quantized)
+    if not lost or still is None or not all(map(math.isfinite, (lost, still))):
         return ""
     share = 100 * (1 - still / lost)
     return f"{share:.0f} % of what rounding to nearest lost is won back" if share > 0.5 else ""
@@ -175,7 +200,7 @@ def block_charts(report: Report) -> list[tuple[str, Markup]]:
     series = [
         Series("round to nearest", "rtn", tuple(b.relative_mse_rtn for b in blocks)),
         Series("quantized", "ours", tuple(b.relative_mse_evaluation for b in blocks)),
-        Series("on calibration text", "seen", tuple(b.relative_mse for b in blocks)),
+        Series("on calibration data", "seen", tuple(b.relative_mse for b in blocks)),
     ]
     if not any(positive(s.values) for s in series):
         return []
@@ -196,7 +221,7 @@ def block_charts(report: Report) -> list[tuple[str, Markup]]:
 
 
 def _short(name: str) -> str:
-    return {"round to nearest": "RTN", "on calibration text": "calibration"}.get(name, name)
+    return {"round to nearest": "RTN", "on calibration data": "calibration"}.get(name, name)
 
 
 def _curve_words(series: Sequence[Series]) -> str:
@@ -208,57 +233,6 @@ def _curve_words(series: Sequence[Series]) -> str:
                 f"{line.name}: from {small_text(values[0])} after the first block to {small_text(values[-1])}"
             )
     return "; ".join(said) + " after the last."
-
-
-def layer_rows(layers: Sequence[LayerReport]) -> list[LayerRow]:
-    """Every layer with its drawings, on axes that all rows share."""
-    sqnr = [layer.sqnr_db for layer in layers if layer.sqnr_db is not None]
-    low, high = (min(0.0, *sqnr, 0.0), max(10.0, *sqnr, 10.0)) if sqnr else (0.0, 10.0)
-    means = positive([m for layer in layers for m in (layer.mean_error_before, layer.mean_error_after)])
-    least, most = log_bounds(means) if means else (0.1, 1.0)
-    return [
-        LayerRow(
-            layer,
-            *_split(layer.name),
-            bar(layer.sqnr_db, low=low, high=high),
-            dumbbell(layer.mean_error_before, layer.mean_error_after, low=least, high=most),
-            _per_cent(layer.relative_mse, layer.relative_mse_rtn),
-        )
-        for layer in layers
-    ]
-
-
-def _split(name: str) -> tuple[str, str]:
-    """`model.layers.3.mlp.up_proj` -> (`model.layers.3`, `mlp.up_proj`)."""
-    found = re.match(r"(.*?\.\d+)\.(.+)$", name)
-    return (found[1], found[2]) if found else ("", name)
-
-
-def _per_cent(value: float | None, base: float | None) -> str:
-    return f"{100 * (value / base - 1):+.0f} %".replace("-", "−") if value is not None and base else ""
-
-
-def _sqnr(row: LayerRow) -> float:
-    return math.inf if row.layer.sqnr_db is None else row.layer.sqnr_db
-
-
-def means_text(layers: Sequence[LayerReport]) -> str:
-    """What compensation did to the mean output error, over all layers that it touched."""
-    pairs = [
-        (layer.mean_error_before, layer.mean_error_after)
-        for layer in layers
-        if positive([layer.mean_error_before]) and positive([layer.mean_error_after])
-    ]
-    ratios = [math.log(after / before) for before, after in pairs if before and after and before != after]
-    if not ratios:
-        return ""
-    factor = math.exp(-sum(ratios) / len(ratios))
-    fell = sum(ratio < 0 for ratio in ratios)
-    direction = f"{factor:.2f} times smaller" if factor >= 1 else f"{1 / factor:.2f} times larger"
-    return (
-        f"Bias compensation makes the mean output error {direction} "
-        f"(geometric mean over {len(ratios)} layers; it fell in {fell} of them)."
-    )
 
 
 def estimate_rows(report: Report) -> list[tuple[str, str, str]]:
@@ -275,6 +249,11 @@ def estimate_rows(report: Report) -> list[tuple[str, str, str]]:
     if _is_number(said.get("effective_bits")):
         rows.append(("bits a weight", f"{said['effective_bits']:.3f}", f"{size.effective_bits:.3f}"))
     return rows
+
+
+def heading_text(text: str) -> str:
+    """With a capital letter in front; the others stay as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def small_text(value: float | None) -> str:

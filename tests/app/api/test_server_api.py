@@ -13,6 +13,9 @@ from starlette.testclient import TestClient
 
 from quantry.contract import Estimate, MethodPage, State
 from quantry.families import FAMILIES
+from quantry.planning import LANGUAGE_METHODS
+from quantry.vision import VISION_FAMILIES
+from quantry.vision_planning import VISION_METHODS
 from tests.app.api.factories import LAYERS, REQUEST, Jobs, tensors
 
 
@@ -60,14 +63,32 @@ def test_metrics_count_requests_and_jobs(client: TestClient, made: Jobs) -> None
 
 def test_methods_publish_schemas_that_accept_what_the_server_takes(client: TestClient) -> None:
     page = MethodPage.model_validate_json(client.get("/v1/methods").content)
-    assert [info.method for info in page.items] == ["rtn", "gptq", "bias_compensation"]
     for info in page.items:
-        assert set(info.families) == set(FAMILIES)
         jsonschema.Draft202012Validator.check_schema(info.json_schema)
+        assert info.json_schema["properties"]["method"]["const"] == info.method
     validator = jsonschema.Draft202012Validator(page.items[1].json_schema)
     validator.validate({"method": "gptq", "bits": 3, "group_size": 64})
     with pytest.raises(jsonschema.ValidationError):
         validator.validate({"method": "gptq", "bits": 7})
+
+
+def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
+    found = {
+        info.method: info for info in MethodPage.model_validate_json(client.get("/v1/methods").content).items
+    }
+    assert set(found) == {*LANGUAGE_METHODS, *VISION_METHODS}
+    everywhere = {*FAMILIES, *VISION_FAMILIES}
+    assert {name for name, info in found.items() if set(info.families) == everywhere} == {
+        "rtn",
+        "gptq",
+        "bias_compensation",
+        "softmax_bias",
+    }
+    for name in ("uniform", "ptq4vit", "repq", "adalog", "igq"):
+        assert set(found[name].families) == set(VISION_FAMILIES)
+        assert (found[name].role, found[name].formats) == ("activations", ("quantry",))
+    assert (found["gptq"].role, found["softmax_bias"].role) == ("weights", "correction")
+    assert found["repq"].paper == "https://arxiv.org/abs/2212.08254"
 
 
 def test_an_estimate_counts_without_making_a_job(client: TestClient) -> None:

@@ -201,6 +201,11 @@ def tiny() -> Callable[..., Tiny]:
     return build
 
 
+@pytest.fixture(scope="session", name="random_layer")
+def _random_layer() -> Callable[..., QuantizedWeight]:
+    return random_layer
+
+
 @pytest.fixture(scope="session")
 def ids() -> Tensor:
     return token_ids()

@@ -103,7 +103,7 @@ def test_companions_and_card_and_manifest(tiny: Build, tmp_path: Path) -> None:
         "license: apache-2.0",
         "base_model: owner/base",
         'pip install "compressed-tensors>=0.18"',
-        "| perplexity | pydoc, 9 windows | 10 | 14.5 | 11.25 |",
+        "| perplexity | pydoc, 9 windows | 10.000 | 14.500 | 11.250 |",
         "GPTQ (Frantar et al. 2022, arXiv:2210.17323): 3 bits, symmetric, groups of 32",
         "Bias compensation per channel",
         "3.52 bits per quantized weight",

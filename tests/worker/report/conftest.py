@@ -1,14 +1,16 @@
-"""Reports to render, with figures as a small OPT gives them."""
+"""Reports to render, with figures as a small OPT and a small ViT give them."""
 
 from __future__ import annotations
 
 import pytest
 
 from quantry.contract import (
+    BitOperations,
     BlockReport,
     CostReport,
     JobRequest,
     LayerReport,
+    OperandReport,
     QualityRow,
     Report,
     SizeReport,
@@ -93,4 +95,44 @@ def report() -> Report:
             "max_logit_difference": 0.0,
             "status": "equal",
         },
+    )
+
+
+def operand(block: int, place: str, kind: str, quantizer: str, sqnr: float) -> OperandReport:
+    summed = kind == "probabilities"
+    return OperandReport(
+        name=f"vit.layers.{block}.{place}",
+        kind=kind,
+        bits=4,
+        quantizer=quantizer,
+        sqnr_db=sqnr - block,
+        row_sum_before=0.9412 if summed else None,
+        row_sum_after=0.9998 if summed else None,
+    )
+
+
+@pytest.fixture
+def vision_report(report: Report) -> Report:
+    """An image classifier at 4 bits, weights and activations: three metrics, operands, bit operations."""
+    places = (
+        ("attention.q_proj.input", "post_norm", "uniform", 21.0),
+        ("attention.probabilities", "probabilities", "twin_softmax", 17.5),
+        ("mlp.fc2.input", "post_activation", "twin_gelu", 15.2),
+    )
+    figures = (("top1", 0.9754, 0.6812, 0.9723), ("top5", 0.9991, 0.9214, 0.9993), ("kl", 0.0, 1.25, 0.01234))
+    return report.model_copy(
+        update={
+            "spec": JobRequest(
+                model="local:vit", bits=4, method="ptq4vit", correction="softmax_bias"
+            ).resolve(),
+            "quality": tuple(
+                QualityRow(
+                    metric=metric, dataset="digits, test", samples=1000, fp=fp, rtn=rtn, quantized=quantized
+                )
+                for metric, fp, rtn, quantized in figures
+            ),
+            "operands": tuple(operand(block, *place) for block in range(3) for place in places),
+            "bit_operations": BitOperations(base=2.81e11, overhead=7e9),
+            "format": "quantry",
+        }
     )

@@ -13,7 +13,7 @@ import pytest
 from quantry.contract import LayerReport, QualityRow, Report
 from worker.errors import ExportError
 from worker.report import write_report
-from worker.report.page import render
+from worker.report.page import quality_lines, render
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 
@@ -193,3 +193,105 @@ def test_a_result_is_bad_when_rounding_would_have_been_better(
     row = report.quality[0].model_copy(update={"quantized": quantized})
     html = render(report.model_copy(update={"quality": (row,)}))
     assert f'<li class="{tone}"><strong>{change}</strong>' in html
+
+
+def test_an_accuracy_is_a_share_and_changes_by_points(vision_report: Report) -> None:
+    page = outline(render(vision_report))
+    text = " ".join(page.text)
+    for words in (
+        "Top-1 accuracy on digits, test, 1,000 images",
+        "97.54 %",
+        "97.23 %",
+        "−0.31 points",
+        "−29.42 points",
+        "97.23 % instead of 97.54 %",
+        "KL divergence, nats on digits, test",
+        "0.01234",
+    ):
+        assert words in text
+    assert "windows" not in text
+    assert "99 % of what rounding to nearest lost is won back" in text
+
+
+def test_more_accuracy_than_before_is_no_loss(vision_report: Report) -> None:
+    lines = {line.name: line for line in quality_lines(vision_report.quality[1])}  # top-5 rose
+    assert lines["Quantized"].change == "+0.02 points"
+    assert 'class="fill ours" width="0.0"' in lines["Quantized"].loss
+    assert 'class="fill rtn" width="260.0"' in lines["Round to nearest"].loss
+
+
+@pytest.mark.parametrize(
+    ("metric", "quantized", "tone"),
+    [
+        ("top1", 0.98, "good"),
+        ("top1", 0.8, "plain"),
+        ("top1", 0.5, "bad"),
+        ("perplexity", 0.98, "bad"),
+        ("perplexity", 0.5, "good"),
+    ],
+)
+def test_the_tone_follows_the_direction_of_the_metric(
+    metric: str, quantized: float, tone: str, vision_report: Report
+) -> None:
+    row = QualityRow(metric=metric, dataset="d", samples=1, fp=0.9, rtn=0.7, quantized=quantized)
+    html = render(vision_report.model_copy(update={"quality": (row,)}))
+    assert f'<li class="{tone}"><strong>' in html
+
+
+def test_every_quantized_activation_has_its_row(vision_report: Report) -> None:
+    page = outline(render(vision_report))
+    text = "\n".join(part for part in page.text if part.strip())
+    assert page.text.count("attention.probabilities") == 3
+    for words in ("vit.layers.2", "post norm", "twin softmax", "17.5", "0.9412", "0.9998"):
+        assert words in text
+    assert "misses its sum of 1 by 0.0588 as quantized and by 0.0002 after" in text
+    assert "281 G" in text
+    assert "7 G (2.49 % more)" in text
+
+
+def test_activations_without_a_correction_have_no_sums(vision_report: Report) -> None:
+    plain = tuple(
+        operand.model_copy(update={"row_sum_before": None, "row_sum_after": None, "sqnr_db": None})
+        for operand in vision_report.operands
+    )
+    page = outline(render(vision_report.model_copy(update={"operands": plain, "bit_operations": None})))
+    text = " ".join(page.text)
+    assert "Row sum before" not in text
+    assert "Bit operations" not in text
+    assert "attention.probabilities" in text
+
+
+def test_a_job_on_weights_alone_says_nothing_of_activations(report: Report) -> None:
+    text = " ".join(outline(render(report)).text)
+    assert "Activations" not in text
+    assert "Bit operations" not in text
+    assert "Perplexity on bundled/pydoc, test, 412 windows" in text
+
+
+def test_many_activations_show_the_worst_first(vision_report: Report) -> None:
+    first = vision_report.operands[0]
+    many = tuple(
+        first.model_copy(update={"name": f"vit.layers.{b}.mlp.fc1.input", "sqnr_db": 40.0 - 0.1 * b})
+        for b in range(80)
+    )
+    page = outline(render(vision_report.model_copy(update={"operands": many})))
+    text = "\n".join(page.text)
+    worst = text.index("The 10 activations with the lowest SQNR")
+    assert worst < text.index("vit.layers.79.mlp.fc1.input") < text.index("All 80 activations")
+    assert len(page.ids) == len(set(page.ids))
+
+
+def test_blocks_of_stages_are_told_apart(vision_report: Report) -> None:
+    names = ("swin.encoder.layers.0.blocks.1.mlp.fc1.input", "swin.encoder.layers.1.blocks.1.mlp.fc1.input")
+    operands = tuple(vision_report.operands[0].model_copy(update={"name": name}) for name in names)
+    text = outline(render(vision_report.model_copy(update={"operands": operands}))).text
+    assert "swin.encoder.layers.0.blocks.1" in text
+    assert "swin.encoder.layers.1.blocks.1" in text
+
+
+def test_activations_stand_under_their_block_in_whatever_order_they_come(vision_report: Report) -> None:
+    inputs = [operand for operand in vision_report.operands if operand.name.endswith(".input")]
+    others = [operand for operand in vision_report.operands if not operand.name.endswith(".input")]
+    text = outline(render(vision_report.model_copy(update={"operands": (*others, *inputs)}))).text
+    for block in range(3):
+        assert text.count(f"vit.layers.{block}") == 1

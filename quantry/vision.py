@@ -1,0 +1,111 @@
+"""The image classifiers that Quantry knows: how their blocks are called and what runs in them. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantry.contract import SpecError
+
+
+@dataclass(frozen=True)
+class VisionFamily:
+    """One `model_type` of transformers with an image classification head.
+
+    base: attribute of the backbone. layers: path of the list of blocks; Swin's is a list of stages.
+    groups: linear layers of a block in the order they run; the layers of one group share their input.
+    norms: LayerNorm -> the layers that take its output. attention, after_activation: the attention module,
+    and the layer that is fed by the MLP's non-linearity. norm: the last LayerNorm.
+    pooled: what the head is given: the class token, that and the mean of the patches, or the mean.
+    """
+
+    model_type: str
+    architecture: str
+    base: str
+    layers: str
+    groups: tuple[tuple[str, ...], ...]
+    norms: Mapping[str, tuple[str, ...]]
+    norm: str
+    pooled: str
+    attention: str = "attention"
+    after_activation: str = "mlp.fc2"
+    hierarchical: bool = False
+
+    @property
+    def stem(self) -> str:
+        """The convolution that embeds patches."""
+        return f"{self.base}.embeddings.patch_embeddings.projection"
+
+
+_QKV = ("attention.q_proj", "attention.k_proj", "attention.v_proj")
+_GROUPS = (_QKV, ("attention.o_proj",), ("mlp.fc1",), ("mlp.fc2",))
+_NORMS = {"layernorm_before": _QKV, "layernorm_after": ("mlp.fc1",)}
+
+VISION_FAMILIES: dict[str, VisionFamily] = {
+    family.model_type: family
+    for family in (
+        VisionFamily(
+            "vit",
+            "ViTForImageClassification",
+            "vit",
+            "vit.layers",
+            _GROUPS,
+            _NORMS,
+            "vit.layernorm",
+            "class",
+        ),
+        VisionFamily(
+            "deit",
+            "DeiTForImageClassification",
+            "deit",
+            "deit.layers",
+            _GROUPS,
+            _NORMS,
+            "deit.layernorm",
+            "class",
+        ),
+        VisionFamily(
+            "dinov2",
+            "Dinov2ForImageClassification",
+            "dinov2",
+            "dinov2.encoder.layer",
+            _GROUPS,
+            {"norm1": _QKV, "norm2": ("mlp.fc1",)},
+            "dinov2.layernorm",
+            "class+mean",
+        ),
+        VisionFamily(
+            "swin",
+            "SwinForImageClassification",
+            "swin",
+            "swin.encoder.layers",
+            _GROUPS,
+            _NORMS,
+            "swin.layernorm",
+            "mean",
+            hierarchical=True,
+        ),
+    )
+}
+
+
+def is_vision(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of an image classifier that Quantry knows."""
+    kind = config.get("model_type")
+    return isinstance(kind, str) and kind in VISION_FAMILIES
+
+
+def vision_family_of(config: Mapping[str, Any]) -> VisionFamily:
+    """The family of a `config.json`. Raises SpecError for remote code, other heads and odd variants."""
+    if "auto_map" in config:
+        raise SpecError("model", "config.json names remote code (`auto_map`); it is refused")
+    family = VISION_FAMILIES[str(config.get("model_type"))]
+    wanted = config.get("architectures")
+    if wanted and family.architecture not in wanted:
+        raise SpecError(
+            "model", f"a {wanted[0]} is not an image classifier; Quantry needs a {family.architecture}"
+        )
+    if config.get("use_swiglu_ffn"):
+        raise SpecError("model", "DINOv2 with a SwiGLU feed-forward network is not supported")
+    return family

@@ -1,0 +1,434 @@
+"""Reading, splitting and processing images; the refusals name the file and what to do."""
+
+import json
+import struct
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from quantry.bundled import bundled_images, bundled_model
+from quantry.contract import DatasetRef
+from worker.calibration.images import (
+    ImageSet,
+    calibration_images,
+    check_labels,
+    load_images,
+    overlap,
+    pixels,
+)
+from worker.errors import DatasetError, ModelError, ModelNotFound
+from worker.workspace import Workspace
+
+RANDOM = np.random.default_rng(0)
+GREY = RANDOM.integers(0, 256, (40, 6, 5), dtype=np.uint8)
+COLOUR = RANDOM.integers(0, 256, (40, 6, 5, 3), dtype=np.uint8)
+MIXED = np.arange(40) % 4
+GROUPED = np.repeat(np.arange(4), 10)
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    (tmp_path / "roots").mkdir()
+    return Workspace(
+        artifact=tmp_path / "a",
+        checkpoints=tmp_path / "c",
+        cache=tmp_path / "h",
+        model_roots=(tmp_path / "roots",),
+        uploads={"ds_1": tmp_path / "roots" / "up.npz", "ds_2": tmp_path / "roots" / "up.zip"},
+        offline=True,
+    )
+
+
+def local(name: str, **fields: object) -> DatasetRef:
+    return DatasetRef.model_validate({"source": "local", "id": name, **fields})
+
+
+def save(workspace: Workspace, name: str, **arrays: Any) -> None:
+    np.savez(workspace.model_roots[0] / name, **arrays)
+
+
+def folder_of(
+    workspace: Workspace, images: Any, labels: str | None = None, file: str = "labels.csv"
+) -> DatasetRef:
+    folder = workspace.model_roots[0] / "set"
+    folder.mkdir()
+    for number, image in enumerate(images):
+        Image.fromarray(image).save(folder / f"{number:03d}.png")
+    if labels is not None:
+        (folder / file).write_text(labels)
+    return local("set", split="all")
+
+
+def stacked(images: ImageSet) -> np.ndarray:
+    return np.stack(list(images))
+
+
+def labels_of(images: ImageSet) -> list[int]:
+    assert images.labels is not None
+    return images.labels.tolist()
+
+
+@pytest.mark.parametrize("array", [GREY, COLOUR])
+def test_arrays_are_split_in_nine_tenths_and_one(array: np.ndarray, workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=array, labels=MIXED.astype(np.uint8))
+    train = load_images(local("x.npz"), "calibration", workspace)
+    test = load_images(local("x.npz"), "evaluation", workspace)
+    assert (stacked(train) == array[:36]).all()
+    assert (stacked(test) == array[36:]).all()
+    assert labels_of(train) + labels_of(test) == MIXED.tolist()
+    assert test.labels is not None
+    assert test.labels.dtype == np.int64
+    assert (train.name, test.name) == ("x.npz (train)", "x.npz (test)")
+    assert len(load_images(local("x.npz", split="all"), "evaluation", workspace)) == 40
+
+
+@pytest.mark.parametrize("labels", [GROUPED, GROUPED[::-1], np.array([2, 0, 3, 1])[GROUPED]])
+def test_runs_of_one_class_are_shuffled_always_alike(labels: np.ndarray, workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=GREY, labels=labels)
+    parts = [load_images(local("x.npz"), role, workspace) for role in ("calibration", "evaluation")]
+    again = load_images(local("x.npz"), "calibration", workspace)
+    assert labels_of(parts[0]) == labels_of(again)
+    assert len(set(labels_of(parts[0])[:12])) == 4
+    pairs = {
+        (image.tobytes(), label) for part in parts for image, label in zip(part, labels_of(part), strict=True)
+    }
+    assert pairs == {(image.tobytes(), label) for image, label in zip(GREY, labels.tolist(), strict=True)}
+
+
+@pytest.mark.parametrize("train", ["calib", "train"])
+def test_a_file_may_have_a_split_of_its_own(train: str, workspace: Workspace) -> None:
+    own = {f"x_{train}": GREY[:30], f"y_{train}": MIXED[:30], "x_test": GREY[30:], "y_test": MIXED[30:]}
+    save(workspace, "x.npz", **own)
+    assert (stacked(load_images(local("x.npz"), "calibration", workspace)) == GREY[:30]).all()
+    assert (stacked(load_images(local("x.npz"), "evaluation", workspace)) == GREY[30:]).all()
+    assert (stacked(load_images(local("x.npz", split="all"), "evaluation", workspace)) == GREY).all()
+    assert labels_of(load_images(local("x.npz", split="train"), "evaluation", workspace)) == list(MIXED[:30])
+
+
+def test_what_stands_only_in_another_split_is_not_taken(workspace: Workspace) -> None:
+    save(workspace, "x.npz", x_test=GREY, y_test=MIXED)
+    with pytest.raises(DatasetError, match=r"x.npz has no split 'train'; it has test"):
+        load_images(local("x.npz"), "calibration", workspace)
+
+
+def test_labels_are_not_needed_to_calibrate(workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=GREY)
+    images = load_images(local("x.npz"), "evaluation", workspace)
+    assert images.labels is None
+    with pytest.raises(DatasetError, match=r"evaluation: x.npz \(test\) has no labels"):
+        check_labels(images, 10, "evaluation")
+
+
+def test_labels_must_be_classes_of_the_head(workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=GREY, labels=MIXED)
+    images = load_images(local("x.npz"), "calibration", workspace)
+    check_labels(images, 4, "evaluation")
+    with pytest.raises(DatasetError, match="has the label 3, and the model's head knows classes 0 to 2"):
+        check_labels(images, 3, "evaluation")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"pictures": GREY}, "has no array `images`, `x_calib`, `x_train` or `x_test`; it has pictures"),
+        ({"images": GREY, "x_test": GREY}, "has `images` beside a split of its own"),
+        ({"images": GREY.astype(np.float32)}, r"images: of type '<f4'; images are uint8"),
+        ({"images": GREY.astype(np.int16)}, r"images: of type <i2; images are uint8"),
+        ({"images": GREY[0]}, r"of shape \(6, 5\), not \(N, H, W\)"),
+        ({"images": np.moveaxis(COLOUR, 3, 1).copy()}, "put the channels last"),
+        ({"images": GREY.reshape(40, 3, 2, 5)}, "put the channels last"),
+        ({"images": np.zeros((4, 4, 4, 4), np.uint8)}, r"not \(N, H, W\) or \(N, H, W, 1 or 3\)$"),
+        ({"images": GREY[:0]}, "holds no image"),
+        ({"images": np.asfortranarray(GREY)}, "not an array in C order"),
+        ({"images": GREY, "labels": MIXED[:39]}, r"labels: of shape \(39,\); 40 images need \(40,\)"),
+        ({"images": GREY, "labels": MIXED.astype(float)}, "labels integers"),
+        ({"images": GREY, "labels": np.array(["a"] * 40)}, "labels integers"),
+        ({"images": GREY, "labels": np.array([None] * 40)}, "labels integers"),
+        ({"images": GREY[:1]}, "holds no image; choose another split"),
+    ],
+)
+def test_unfit_arrays_are_named(arrays: dict[str, Any], message: str, workspace: Workspace) -> None:
+    save(workspace, "bad.npz", **arrays)
+    with pytest.raises(DatasetError, match=r"calibration: bad.npz.*") as caught:
+        load_images(local("bad.npz"), "calibration", workspace)
+    assert caught.match(message)
+
+
+def member(shape: str, size: int, descr: str = "|u1") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (member("(1000000, 300, 300)", 8), "its header describes 90000000000 bytes, the archive declares 8"),
+        (member("(3, -2, 2)", 8), "not an array in C order"),
+        (member("(3, 2.0, 2)", 12), "not an array in C order"),
+        (member("(3, 20000, 1)", 60000), "16384 pixels a side"),
+        (member("(3, 2, 2", 12), "the npy header cannot be read"),
+        (member("(" * 5000, 12), "the npy header cannot be read"),
+        (member("(3, 2, 2)", 12, "|O"), "of type '|O'"),
+        (b"\x80\x04pickle", "is not a numpy array"),
+        (b"", "is not a numpy array"),
+        (b"\x93NUMPY\x02\x00\xff\xff\xff\xff", "a header of 4294967295 bytes"),
+    ],
+)
+def test_hostile_members_are_refused_before_they_are_read(
+    content: bytes, message: str, workspace: Workspace
+) -> None:
+    with zipfile.ZipFile(workspace.model_roots[0] / "bad.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("images.npy", content)
+    with pytest.raises(DatasetError, match=r"bad\.npz") as caught:
+        load_images(local("bad.npz"), "calibration", workspace)
+    assert message in str(caught.value)
+
+
+def test_an_archive_that_inflates_too_far_is_refused(workspace: Workspace) -> None:
+    shape, size = "(300000, 128, 128)", 300_000 * 128 * 128
+    path = workspace.model_roots[0] / "bomb.npz"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("images.npy", member(shape, 0))
+    data = path.read_bytes()
+    declared = struct.pack("<I", (len(member(shape, 0)) + size) % 2**32)
+    start = data.rindex(b"PK\x01\x02")
+    path.write_bytes(data[: start + 24] + declared + data[start + 28 :])
+    with pytest.raises(DatasetError, match=r"declares|4294967296 bytes in all"):
+        load_images(local("bomb.npz"), "calibration", workspace)
+
+
+def test_what_is_no_archive_is_refused(workspace: Workspace) -> None:
+    root = workspace.model_roots[0]
+    save(workspace, "whole.npz", images=GREY)
+    whole = (root / "whole.npz").read_bytes()
+    for content in (b"", b"PK\x03\x04", whole[:-30], whole[: len(whole) // 2], b"x" * 100):
+        (root / "bad.npz").write_bytes(content)
+        with pytest.raises(DatasetError, match=r"calibration: bad.npz is not a"):
+            load_images(local("bad.npz"), "calibration", workspace)
+    damaged = bytearray(whole)
+    damaged[300] ^= 1
+    (root / "bad.npz").write_bytes(damaged)
+    with pytest.raises(DatasetError, match=r"bad.npz .*: Bad CRC"):
+        load_images(local("bad.npz"), "calibration", workspace)
+
+
+@pytest.mark.parametrize("form", ["csv", "headed csv", "json", "txt"])
+def test_a_folder_is_read_in_the_order_of_its_labels(form: str, workspace: Workspace) -> None:
+    order = [f"{number:03d}.png" for number in (7, 2, 5, 0, 1, 3, 4, 6)]
+    classes = [3, 1, 3, 0, 1, 0, 2, 2]
+    entries = dict(zip(order, classes, strict=True))
+    text = {
+        "csv": "".join(f"{file},{label}\n" for file, label in entries.items()),
+        "headed csv": "file,label\r\n" + "".join(f'"{file}", {label}\r\n' for file, label in entries.items()),
+        "json": json.dumps(entries),
+        "txt": "".join(f"{file}  {label}\n" for file, label in entries.items()),
+    }[form]
+    images = load_images(
+        folder_of(workspace, COLOUR[:8], text, f"labels.{form[-4:].strip().removeprefix('d ')}"),
+        "evaluation",
+        workspace,
+    )
+    assert labels_of(images) == classes
+    assert (stacked(images) == COLOUR[[7, 2, 5, 0, 1, 3, 4, 6]]).all()
+
+
+def test_a_folder_without_labels_is_read_by_name(workspace: Workspace) -> None:
+    images = load_images(folder_of(workspace, GREY[:5]), "calibration", workspace)
+    assert images.labels is None
+    assert (stacked(images) == GREY[:5]).all()
+
+
+def test_an_uploads_archive_is_read_as_the_folder_is(workspace: Workspace) -> None:
+    folder_of(workspace, GREY[:8], "".join(f"00{i}.png,{i % 3}\n" for i in range(8)))
+    folder = workspace.model_roots[0] / "set"
+    with zipfile.ZipFile(workspace.uploads["ds_2"], "w") as archive:
+        for path in folder.iterdir():
+            archive.write(path, path.name)
+    found = load_images(DatasetRef(source="upload", id="ds_2", split="all"), "evaluation", workspace)
+    expected = load_images(local("set", split="all"), "evaluation", workspace)
+    assert (stacked(found) == stacked(expected)).all()
+    assert labels_of(found) == labels_of(expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "file", "message"),
+    [
+        (
+            "000.png,0\n001.png,cat\n",
+            "labels.csv",
+            r"labels.csv, line 2, '001.png': 'cat' is no class number",
+        ),
+        ("000.png,0\n001.png,-1\n", "labels.csv", "'-1' is no class number"),
+        ("000.png,0\n001.png,1.0\n", "labels.csv", "'1.0' is no class number"),
+        ("000.png,0\n000.png,1\n", "labels.csv", r"line 2: '000.png' has a label already"),
+        ("000.png,0\n", "labels.csv", "has no label of '001.png'"),
+        ("000.png,0\n001.png,1\n002.png,1\n", "labels.csv", "names '002.png', which is not there"),
+        ("../up.npz,0\n000.png,0\n001.png,0", "labels.csv", "names '../up.npz', which is not there"),
+        ("000.png,0,1\n", "labels.csv", "line 1: not a file and a label"),
+        ("file,label\n", "labels.csv", "labels.csv is empty"),
+        ('{"000.png": true, "001.png": 0}', "labels.json", "'True' is no class number"),
+        ('{"000.png": 1, "000.png": 0}', "labels.json", "has a label already"),
+        ("[1]", "labels.json", "is not a JSON object"),
+        ("{", "labels.json", "is not JSON"),
+    ],
+)
+def test_wrong_labels_are_named(labels: str, file: str, message: str, workspace: Workspace) -> None:
+    with pytest.raises(DatasetError, match="calibration: labels") as caught:
+        load_images(folder_of(workspace, GREY[:2], labels, file), "calibration", workspace)
+    assert message in str(caught.value)
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes that declares its size."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return (
+            struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    data = zlib.compress(bytes(100))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b"")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (png(10_000, 9_500), "more than 89478485 pixels"),
+        (png(60_000, 60_000), "more than 89478485 pixels"),
+        (png(10, 10)[:40], "is not a readable JPEG or PNG file"),
+        (b"", "is not a readable JPEG or PNG file"),
+        (b"GIF89a", "is not a readable JPEG or PNG file"),
+    ],
+)
+def test_a_bad_file_is_named_when_it_is_decoded(content: bytes, message: str, workspace: Workspace) -> None:
+    ref = folder_of(workspace, GREY[:2])
+    (workspace.model_roots[0] / "set" / "001.png").write_bytes(content)
+    images = load_images(ref, "calibration", workspace)
+    assert (images[0] == GREY[0]).all()
+    with pytest.raises(DatasetError, match=f"set, 001.png.*{message}"):
+        images[1]
+
+
+def test_modes_become_grey_or_rgb(workspace: Workspace) -> None:
+    ref = folder_of(workspace, [])
+    folder = workspace.model_roots[0] / "set"
+    colour = Image.fromarray(COLOUR[0])
+    colour.convert("1").save(folder / "1.png")
+    colour.quantize(200).save(folder / "2.png")
+    colour.convert("CMYK").save(folder / "3.jpg")
+    colour.convert("RGBA").save(folder / "4.png")
+    images = load_images(ref, "calibration", workspace)
+    assert [images[i].shape for i in range(3)] == [(6, 5), (6, 5, 3), (6, 5, 3)]
+    assert set(np.unique(images[0])) <= {0, 255}
+    with pytest.raises(DatasetError, match=r"set, 4.png: of mode RGBA, or transparent"):
+        images[3]
+
+
+def test_links_out_of_the_folder_are_not_followed(workspace: Workspace, tmp_path: Path) -> None:
+    Image.fromarray(GREY[0]).save(tmp_path / "secret.png")
+    ref = folder_of(workspace, GREY[:1])
+    (workspace.model_roots[0] / "set" / "link.png").symlink_to(tmp_path / "secret.png")
+    images = load_images(ref, "calibration", workspace)
+    with pytest.raises(DatasetError, match=r"set, link.png is a link out of the folder"):
+        images[1]
+
+
+def test_sources_are_looked_for_as_texts_are(workspace: Workspace) -> None:
+    save(workspace, "up.npz", images=GREY, labels=MIXED)
+    upload = DatasetRef(source="upload", id="ds_1", split="all")
+    assert (stacked(load_images(upload, "calibration", workspace)) == GREY).all()
+    for ref, kind, message in (
+        (DatasetRef(source="upload", id="ds_9"), DatasetError, "no uploaded images ds_9"),
+        (DatasetRef(source="bundled", id="bundled/pydoc"), DatasetError, "there is bundled/digits"),
+        (DatasetRef(source="hub", id="a/b"), DatasetError, "calibration.dataset.file: name the .npz file"),
+        (local("../up.npz"), ModelNotFound, "not below any"),
+    ):
+        with pytest.raises(kind, match=message):
+            load_images(ref, "calibration", workspace)
+    (workspace.model_roots[0] / "t.txt").write_text("text")
+    with pytest.raises(DatasetError, match=r"t.txt is no set of images"):
+        load_images(local("t.txt"), "calibration", workspace)
+
+
+def test_bundled_digits_have_their_own_split(workspace: Workspace) -> None:
+    ref = DatasetRef(source="bundled", id="bundled/digits")
+    train, test = (load_images(ref, role, workspace) for role in ("calibration", "evaluation"))
+    with np.load(bundled_images("bundled/digits")) as arrays:
+        assert (stacked(train) == arrays["x_train"]).all()
+        assert labels_of(test) == arrays["y_test"].tolist()
+    assert test.name == "bundled/digits (test)"
+    assert overlap(train, test) == 0
+
+
+def test_calibration_draws_without_replacement_by_seed(workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=GREY, labels=MIXED)
+    images = load_images(local("x.npz"), "calibration", workspace)
+    drawn = [calibration_images(images, samples=10, seed=seed) for seed in (1, 1, 2)]
+    assert drawn[0].chosen.tolist() == drawn[1].chosen.tolist() == sorted(set(drawn[0].chosen.tolist()))
+    assert drawn[0].chosen.tolist() != drawn[2].chosen.tolist()
+    assert labels_of(drawn[0]) == MIXED[drawn[0].chosen].tolist()
+    with pytest.raises(DatasetError, match=r"x.npz \(train\) has 36 images; 37 were asked for"):
+        calibration_images(images, samples=37, seed=0)
+
+
+def test_overlap_is_found_over_sources_and_layouts(workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=GREY[:20])
+    save(workspace, "y.npz", images=GREY[10:30, ..., None])
+    parts = [load_images(local(name, split="all"), "calibration", workspace) for name in ("x.npz", "y.npz")]
+    files = load_images(folder_of(workspace, GREY[15:25]), "calibration", workspace)
+    assert overlap(parts[0], parts[1]) == 0.5
+    assert overlap(parts[0], files) == 0.5
+    assert overlap(parts[1].take(range(15, 20)), files) == 0
+
+
+def processor(folder: Path, **changes: Any) -> Path:
+    known = json.loads((bundled_model("bundled/vit-tiny") / "preprocessor_config.json").read_text())
+    folder.mkdir()
+    (folder / "preprocessor_config.json").write_text(json.dumps({**known, **changes}))
+    return folder
+
+
+def test_pixels_follow_the_checkpoints_processor(workspace: Workspace, tmp_path: Path) -> None:
+    save(workspace, "x.npz", images=np.concatenate([GREY, GREY[::-1]]))
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    folder = processor(tmp_path / "m", do_resize=False)
+    found = pixels(images, folder, 1)
+    expected = torch.from_numpy(stacked(images)).float()[:, None] / 127.5 - 1
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+    three = pixels(
+        images.take([3]),
+        processor(tmp_path / "n", do_resize=False, image_mean=[0.5] * 3, image_std=[0.5] * 3),
+        3,
+    )
+    torch.testing.assert_close(three, expected[3:4].expand(-1, 3, -1, -1), atol=1e-6, rtol=0)
+
+
+def test_images_of_any_size_are_brought_to_one(workspace: Workspace, tmp_path: Path) -> None:
+    ref = folder_of(workspace, [COLOUR[0], COLOUR[1, :4], COLOUR[2, :, :3]])
+    images = load_images(ref, "calibration", workspace)
+    means = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    assert pixels(images, processor(tmp_path / "m", **means), 3).shape == (3, 3, 16, 16)
+    with pytest.raises(DatasetError, match=r"images of several sizes, and n/preprocessor_config.json"):
+        pixels(images, processor(tmp_path / "n", do_resize=False, **means), 3)
+
+
+def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -> None:
+    save(workspace, "x.npz", images=COLOUR)
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    with pytest.raises(DatasetError, match=r"x.npz \(all\): image 0 has 3 channels, the model takes 1"):
+        pixels(images, processor(tmp_path / "m"), 1)
+    with pytest.raises(ModelError, match=r"m/preprocessor_config.json cannot process x.npz"):
+        pixels(images, tmp_path / "m", 3)  # its mean is of one channel
+    with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
+        pixels(images, tmp_path, 3)
+    (tmp_path / "m" / "preprocessor_config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"m/preprocessor_config.json cannot be used"):
+        pixels(images, tmp_path / "m", 3)

@@ -1,0 +1,177 @@
+"""A whole job on an image classifier in one process: every family, every method, resumed, refused."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import factories
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantry.contract import JobRequest, Rejected, Succeeded
+from worker.errors import DatasetError, ModelError, RecipeError
+from worker.pipeline import run
+from worker.progress import Progress
+from worker.workspace import Workspace
+
+GRID = {"bits": 4}
+RECIPES: dict[str, list[dict[str, Any]]] = {
+    "weights": [{"method": "gptq", **GRID}],
+    "uniform": [{"method": "gptq", **GRID}, {"method": "uniform", **GRID}],
+    "token": [{"method": "rtn", **GRID}, {"method": "uniform", "granularity": "token", **GRID}],
+    "ptq4vit": [
+        {"method": "rtn", "clip": "mse", **GRID},
+        {"method": "ptq4vit", "candidates": 8, "rounds": 1, **GRID},
+        {"method": "bias_compensation"},
+    ],
+    "repq": [{"method": "gptq", **GRID}, {"method": "repq", **GRID}, {"method": "bias_compensation"}],
+    "adalog": [{"method": "gptq", **GRID}, {"method": "adalog", "candidates": 8, "rounds": 1, **GRID}],
+    "igq": [{"method": "gptq", **GRID}, {"method": "igq", "groups": 3, **GRID}, {"method": "softmax_bias"}],
+    "published": [
+        {"method": "rtn", **GRID},
+        {"method": "uniform", **GRID},
+        {"method": "bias_compensation", "granularity": "position_channel", "targets": "published"},
+    ],
+}
+
+
+@pytest.fixture
+def workspace(tmp_path: Path) -> Workspace:
+    roots = tmp_path / "roots"
+    roots.mkdir()
+    return Workspace(
+        job="job_test",
+        artifact=tmp_path / "artifact",
+        checkpoints=tmp_path / "checkpoints",
+        cache=tmp_path / "cache",
+        model_roots=(roots,),
+    )
+
+
+def job(workspace: Workspace, family: str, recipe: list[dict[str, Any]], **changes: Any) -> JobRequest:
+    """A job on a tiny random classifier, with images that a fixed seed draws."""
+    root = workspace.model_roots[0]
+    folder = factories.write_classifier(root / "model", family)
+    config = json.loads((folder / "config.json").read_text())
+    size, channels = config["image_size"], config["num_channels"]
+    chance = np.random.default_rng(0)
+    images = chance.integers(0, 256, (40, size, size, channels), dtype=np.uint8)
+    labels = chance.integers(0, len(config["id2label"]), 40)
+    np.savez(root / "images.npz", images=images, labels=labels)
+    dataset = {"source": "local", "id": "images.npz"}
+    body: dict[str, Any] = {
+        "model": {"source": "local", "id": "model"},
+        "recipe": recipe,
+        "calibration": {"dataset": dataset, "samples": 16},
+        "evaluation": {"dataset": dataset},
+    }
+    return JobRequest.model_validate({**body, **changes})
+
+
+def quantize(workspace: Workspace, request: JobRequest) -> Succeeded | Rejected:
+    return run(request.resolve(), workspace, Progress(io.StringIO()))
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "swin"])
+def test_every_family_is_quantized_and_loads(family: str, workspace: Workspace) -> None:
+    outcome = quantize(workspace, job(workspace, family, RECIPES["repq"]))
+    assert isinstance(outcome, Succeeded)
+    report = outcome.report
+    assert {row.metric for row in report.quality} >= {"top1", "kl"}
+    for row in report.quality:
+        assert row.samples == 4
+        assert None not in (row.fp, row.rtn, row.quantized)
+    assert all(layer.relative_mse is not None for layer in report.layers)
+    assert {operand.kind for operand in report.operands} >= {"post_norm", "query", "probabilities"}
+    assert report.bit_operations is not None
+    assert float(report.verification["relative_difference"]) < 1e-4
+
+
+def test_a_swin_whose_size_is_no_multiple_of_its_patch_is_padded(workspace: Workspace) -> None:
+    request = job(workspace, "swin", RECIPES["uniform"])
+    root = workspace.model_roots[0]
+    factories.write_classifier(root / "model", "swin", image_size=15)
+    report = quantize(workspace, request).report
+    assert float(report.verification["relative_difference"]) < 1e-4
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_method_runs_and_its_artifact_computes_the_same(name: str, workspace: Workspace) -> None:
+    report = quantize(workspace, job(workspace, "vit", RECIPES[name])).report
+    assert float(report.verification["relative_difference"]) < 1e-4
+    assert report.quality[-1].metric == "kl"
+    assert (report.bit_operations is None) == (name == "weights")
+
+
+def test_a_resumed_job_has_the_same_bytes(workspace: Workspace, tmp_path: Path) -> None:
+    request = job(workspace, "vit", RECIPES["repq"])
+    quantize(workspace, request)
+    whole = load_file(workspace.artifact / "model.safetensors")
+    for block in sorted(workspace.checkpoints.glob("block-*"))[2:]:
+        block.unlink()
+    again = workspace.model_copy(update={"artifact": tmp_path / "again"})
+    quantize(again, request)
+    resumed = load_file(again.artifact / "model.safetensors")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_compensation_takes_the_mean_error_away(workspace: Workspace) -> None:
+    recipe = [{"method": "rtn", "bits": 3}, {"method": "uniform", "bits": 4}]
+    plain = quantize(workspace, job(workspace, "vit", recipe, evaluation=None)).report
+    recipe = [*recipe, {"method": "bias_compensation"}]
+    corrected = quantize(workspace, job(workspace, "vit", recipe, evaluation=None)).report
+    before = [block.mean_error or 0 for block in plain.blocks]
+    after = [block.mean_error or 0 for block in corrected.blocks]
+    assert all(b <= a for a, b in zip(before, after, strict=True) if a)
+    assert max(after) < 1e-4
+
+
+def test_the_accuracy_gate_rejects(workspace: Workspace) -> None:
+    recipe = [{"method": "rtn", "bits": 2}, {"method": "uniform", "bits": 2}]
+    request = job(workspace, "vit", recipe, accept={"accuracy_drop_max": 0})
+    outcome = quantize(workspace, request)
+    top1 = next(row for row in outcome.report.quality if row.metric == "top1")
+    assert top1.fp is not None
+    assert top1.quantized is not None
+    assert isinstance(outcome, Rejected) == (top1.quantized < top1.fp)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes", "path"),
+    [
+        (RECIPES["weights"], {"format": "gptq"}, "format"),
+        ([{"method": "rtn", "bits": 4, "group_size": 24}], {}, "recipe.0.group_size"),
+        ([{"method": "rtn", "bits": 8}, {"method": "smoothquant"}], {}, "recipe.1"),
+        (RECIPES["uniform"], {"compute_dtype": "bfloat16"}, "compute_dtype"),
+        (RECIPES["uniform"], {"accept": {"perplexity_increase_max": 0.1}}, "accept.perplexity_increase_max"),
+    ],
+)
+def test_what_a_classifier_cannot_take_is_refused(
+    recipe: list[dict[str, Any]], changes: dict[str, Any], path: str, workspace: Workspace
+) -> None:
+    with pytest.raises(RecipeError, match=path):
+        quantize(workspace, job(workspace, "vit", recipe, **changes))
+
+
+def test_data_that_does_not_fit_is_refused(workspace: Workspace) -> None:
+    request = job(workspace, "vit", RECIPES["uniform"])
+    root = workspace.model_roots[0]
+    with np.load(root / "images.npz") as found:
+        images, labels = found["images"], found["labels"]
+    np.savez(root / "images.npz", images=images, labels=labels + 1000)
+    with pytest.raises(DatasetError, match="they do not belong together"):
+        quantize(workspace, request)
+    np.savez(root / "images.npz", images=images[:8], labels=labels[:8])
+    with pytest.raises(DatasetError, match=r"calibration\.samples"):
+        quantize(workspace, request)
+    factories.edit_json(root / "model" / "preprocessor_config.json", size={"height": 8, "width": 8})
+    np.savez(root / "images.npz", images=images, labels=labels)
+    with pytest.raises(ModelError, match="make them agree"):
+        quantize(workspace, request)
+    (root / "model" / "preprocessor_config.json").unlink()
+    with pytest.raises(ModelError, match="preprocessor_config"):
+        quantize(workspace, request)

@@ -1,0 +1,257 @@
+"""Images to calibrate on and to evaluate with: read, split, chosen, turned into pixels.
+
+A set of images is an .npz file (quantry/npz.py says of which arrays) or a folder of JPEG and PNG files with a
+labels file (quantry/labels.py), which an upload keeps as a stored zip archive. Files are decoded when asked for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoImageProcessor
+
+from quantry.archives import ArchiveError
+from quantry.bundled import bundled_images
+from quantry.contract import DatasetRef
+from quantry.labels import LabelsError, check_files, parse_labels
+from quantry.npz import ImageArrays, Split, read_layout
+from worker.calibration.image_files import archive_files, folder_files
+from worker.errors import DatasetError, ModelError
+from worker.models.source import Role, dataset_path
+from worker.workspace import Workspace
+
+Array = np.ndarray[Any, Any]
+PIXEL_BATCH = 64  # images that go through the processor together
+ORDER_SEED = 7  # of the one order that labelled runs are shuffled into
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Images, each uint8 (H, W) or (H, W, C), and their class numbers (N,) int64, None where there are none.
+
+    read: image by its place in the source. chosen: the places that make the set, (N,) int64.
+    """
+
+    name: str
+    read: Callable[[int], Array]
+    chosen: Array
+    labels: Array | None
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Array:
+        """One image. Raises DatasetError if its file cannot be decoded."""
+        return self.read(int(self.chosen[index]))
+
+    def __iter__(self) -> Iterator[Array]:
+        return (self[index] for index in range(len(self)))
+
+    def take(self, indices: Sequence[int] | Array) -> ImageSet:
+        """These images of the set, in this order."""
+        where = np.asarray(indices, dtype=np.int64)
+        labels = None if self.labels is None else self.labels[where]
+        return ImageSet(self.name, self.read, self.chosen[where], labels)
+
+
+def load_images(ref: DatasetRef, role: Role, workspace: Workspace) -> ImageSet:
+    """Read what `ref` names. Raises DatasetError, with the field or file and the reason."""
+    split: Split = ref.split or ("train" if role == "calibration" else "test")
+    path = _path(ref, role, workspace)
+    name = f"{ref.id if ref.source == 'bundled' else path.name} ({split})"
+    try:
+        found = _read(path, split, name)
+    except (ArchiveError, LabelsError) as error:
+        raise DatasetError(f"{role}: {error}") from error
+    except OSError as error:
+        raise DatasetError(f"{role}: {path.name} cannot be read: {error.strerror or error}") from error
+    if not len(found):
+        raise DatasetError(f"{role}: {name} holds no image; choose another split")
+    return found
+
+
+def _path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
+    if ref.source != "bundled":
+        return dataset_path(ref, role, workspace)
+    try:
+        return bundled_images(ref.id)
+    except KeyError as error:
+        raise DatasetError(f"{role}.dataset.id: {error}") from error
+
+
+def _read(path: Path, split: Split, name: str) -> ImageSet:
+    kind = path.suffix.lower()
+    if path.is_dir() or kind == ".zip":
+        return _cut(_read_files(path, name), split)
+    if kind == ".npz":
+        return _read_npz(path, split, name)
+    raise DatasetError(
+        f"{path.name} is no set of images: give an .npz file, or a folder of JPEG and PNG files with labels.csv"
+    )
+
+
+def _read_npz(path: Path, split: Split, name: str) -> ImageSet:
+    """`images` are split here; `x_calib` or `x_train` and `x_test` are a split of the file's own."""
+    layout = read_layout(path, path.name)
+    if "all" in layout:
+        return _cut(_arrays(path, [layout["all"]], name), split)
+    wanted: tuple[Split, ...] = ("train", "test") if split == "all" else (split,)
+    parts = [layout[part] for part in wanted if part in layout]
+    if not parts:
+        raise DatasetError(f"{path.name} has no split {split!r}; it has {' and '.join(layout)}")
+    return _arrays(path, parts, name)
+
+
+def _arrays(path: Path, parts: Sequence[ImageArrays], name: str) -> ImageSet:
+    if len({(part.images.shape[1:], part.labels is None) for part in parts}) > 1:
+        raise DatasetError(f"{path.name}: train and test differ in the images' shape, or one has no labels")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images = np.concatenate([arrays[part.images.name] for part in parts])
+            labels = [arrays[part.labels.name].astype(np.int64) for part in parts if part.labels is not None]
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DatasetError(f"{path.name} cannot be read: {error}") from error
+    return _in_order(name, images.__getitem__, len(images), np.concatenate(labels) if labels else None)
+
+
+def _read_files(path: Path, name: str) -> ImageSet:
+    """In the order of the labels file, else by name."""
+    source = folder_files(path) if path.is_dir() else archive_files(path)
+    files, labels = sorted(source.images), None
+    if source.labels is not None:
+        labels = parse_labels(source.content(source.labels), source.labels)
+        check_files(labels, set(files), source.labels)
+        files = list(labels)
+    values = None if labels is None else np.array(list(labels.values()), dtype=np.int64)
+    return _in_order(name, lambda index: source.decode(files[index]), len(files), values)
+
+
+def _in_order(name: str, read: Callable[[int], Array], count: int, labels: Array | None) -> ImageSet:
+    """All images; where each class is one run, they are shuffled, always alike, so that any part has them all."""
+    order = np.arange(count)
+    if labels is not None and np.count_nonzero(np.diff(labels)) == len(np.unique(labels)) - 1:
+        order = np.random.default_rng(ORDER_SEED).permutation(count)
+    return ImageSet(name, read, order, None if labels is None else labels[order])
+
+
+def _cut(images: ImageSet, split: Split) -> ImageSet:
+    """`train`: the first nine tenths; `test`: the rest."""
+    cut = len(images) * 9 // 10
+    if split == "all":
+        return images
+    return images.take(range(cut) if split == "train" else range(cut, len(images)))
+
+
+def calibration_images(images: ImageSet, *, samples: int, seed: int) -> ImageSet:
+    """`samples` of the images, drawn without replacement, in the order of the set.
+
+    Raises: DatasetError if there are too few.
+    """
+    if len(images) < samples:
+        raise DatasetError(
+            f"calibration.samples: {images.name} has {len(images)} images; {samples} were asked for: "
+            "give more images or fewer samples"
+        )
+    return images.take(np.sort(np.random.default_rng(seed).permutation(len(images))[:samples]))
+
+
+def check_labels(images: ImageSet, classes: int, role: Role) -> None:
+    """Every image needs a class that the head knows. Raises DatasetError."""
+    if images.labels is None:
+        raise DatasetError(
+            f"{role}: {images.name} has no labels; add an array `labels` to the .npz, or labels.csv to the folder"
+        )
+    wrong = (images.labels < 0) | (images.labels >= classes)
+    if wrong.any():
+        raise DatasetError(
+            f"{role}: {images.name} has the label {images.labels[wrong][0]}, and the model's head knows classes "
+            f"0 to {classes - 1}: they do not belong together"
+        )
+
+
+def overlap(calibration: ImageSet, evaluation: ImageSet) -> float:
+    """The share of the evaluation's images that calibration has too, pixel for pixel."""
+    seen = {_digest(image) for image in calibration}
+    return sum(_digest(image) in seen for image in evaluation) / len(evaluation)
+
+
+def _digest(image: Array) -> bytes:
+    squeezed = image[..., 0] if image.ndim == 3 and image.shape[2] == 1 else image
+    return hashlib.sha256(f"{squeezed.shape}".encode() + squeezed.tobytes()).digest()
+
+
+def pixels(images: ImageSet, folder: Path, channels: int) -> Tensor:
+    """What the network takes, by the image processor of the checkpoint `folder`: (N, channels, H, W) float32.
+
+    Grey images are repeated for a network of three channels.
+    Raises: ModelError without a usable processor, DatasetError for an image that does not fit.
+    """
+    processor = _processor(folder)
+    out: Tensor | None = None
+    for start in range(0, len(images), PIXEL_BATCH):
+        where = range(start, min(start + PIXEL_BATCH, len(images)))
+        batch = _processed(processor, [_channels(images, i, channels) for i in where], images.name, folder)
+        if out is None:
+            out = torch.empty(len(images), *batch.shape[1:])
+        if batch.shape[1:] != out.shape[1:]:
+            raise _different_sizes(images.name, folder)
+        out[start : start + len(batch)] = batch
+    if out is None:
+        raise DatasetError(f"{images.name} holds no image")
+    return out
+
+
+def _processor(folder: Path) -> Any:
+    file = "preprocessor_config.json"
+    if not (folder / file).exists():
+        raise ModelError(
+            f"{folder.name} has no {file}: it says how images become pixels; add it to the folder"
+        )
+    try:
+        return AutoImageProcessor.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, backend="pil"
+        )
+    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
+        raise ModelError(f"{folder.name}/{file} cannot be used: {str(error).splitlines()[0]}") from error
+
+
+def _channels(images: ImageSet, index: int, channels: int) -> Array:
+    """One image as (H, W, channels)."""
+    image = images[index]
+    if image.ndim == 2:
+        image = image[..., None]
+    if image.shape[2] == 1 and channels == 3:
+        return np.repeat(image, 3, axis=2)
+    if image.shape[2] != channels:
+        raise DatasetError(
+            f"{images.name}: image {index} has {image.shape[2]} channels, the model takes {channels}; "
+            "give images of as many"
+        )
+    return image
+
+
+def _processed(processor: Any, batch: list[Array], name: str, folder: Path) -> Tensor:
+    try:
+        made = processor(batch, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+    except (ValueError, TypeError, KeyError) as error:
+        if len({image.shape for image in batch}) > 1 and "tensor" in str(error):
+            raise _different_sizes(name, folder) from error
+        raise ModelError(
+            f"{folder.name}/preprocessor_config.json cannot process {name}: {str(error).splitlines()[0]}"
+        ) from error
+    values: Tensor = made.float()
+    return values
+
+
+def _different_sizes(name: str, folder: Path) -> DatasetError:
+    return DatasetError(
+        f"{name} has images of several sizes, and {folder.name}/preprocessor_config.json does not bring them to one"
+    )

@@ -1,0 +1,210 @@
+"""IGQ-ViT: a few grids per operand, which every image deals its channels and softmax rows out to.
+
+Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024, arXiv:2404.00928.
+Bounds minimise the squared distance to the ranges seen in calibration, by alternating assignments and means.
+The number of grids is the same everywhere, or chosen for each operand by integer programming within the bit
+operations of that. Q, K and V get one static grid a head; the head's input, a single token, one in all. In
+Swin's attention a window is grouped as an image is elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import Bounds, LinearConstraint, milp
+from torch import Tensor
+
+from quantry.contract import IgqStep
+from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
+from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
+from worker.errors import CalibrationError, NonFiniteError
+from worker.methods.activations import Calibrated, Images, observe, quantized
+from worker.methods.bops import AXES, model_products
+from worker.models.vision import Operand, VisionModel
+
+QUARTERS = (1, 2, 3, 4, 5, 6, 8)  # of the uniform number of groups: what an operand may be given instead
+
+Candidates = Mapping[int, ActivationQuantizer]  # one operand's quantizers by number of groups
+
+
+@torch.no_grad()
+def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
+    """Quantizers for every operand but the image. Nothing is random.
+
+    Raises: CalibrationError without images or without an allocation, NonFiniteError for NaN or infinity.
+    """
+    ranges = collect(model, images.pixels)
+    static = {o.name: _static(ranges[o.name], step) for o in model.operands if o.kind not in (*AXES, "image")}
+    grouped = {
+        o.name: {g: _grouped(o, ranges[o.name], g, step) for g in group_counts(step)}
+        for o in model.operands
+        if o.kind in AXES
+    }
+    groups = dict.fromkeys(grouped, step.groups)
+    if step.allocation == "ilp":
+        groups = _allocated(model, images, grouped, step.groups)
+    return Calibrated(static | {name: grouped[name][groups[name]] for name in grouped})
+
+
+@torch.no_grad()
+def upper_bound(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
+    """What more groups approach: a grid for each channel and row of an image, found when it runs. To compare."""
+    quantizers = calibrate(
+        model, images, step.model_copy(update={"groups": 1, "allocation": "uniform"})
+    ).quantizers
+    for operand in model.operands:
+        if operand.kind in AXES:
+            bits = quantizers[operand.name].bits
+            per_row = AXES[operand.kind] == "rows"
+            quantizers[operand.name] = TokenQuantizer(bits) if per_row else ChannelQuantizer(bits)
+    return Calibrated(quantizers)
+
+
+def collect(model: VisionModel, pixels: Tensor) -> dict[str, Tensor]:
+    """The ranges that one float forward shows, (min, max) along the last dimension, float32, by operand.
+
+    Grouped operands: (points, 2), a point for each channel or row of each image. Q, K, V: (heads, 1, 1, 2)
+    over all images. The head's input: (2).
+    """
+    if not len(pixels):
+        raise CalibrationError("IGQ needs at least one calibration image: give more samples")
+    operands = [operand for operand in model.operands if operand.kind != "image"]
+    seen: dict[str, list[Tensor]] = {operand.name: [] for operand in operands}
+
+    def see(operand: Operand, x: Tensor) -> None:
+        found = _ranges(x, operand)
+        if not torch.isfinite(found).all():
+            raise NonFiniteError(f"{operand.name} holds NaN or infinity for a calibration image")
+        seen[operand.name].append(found)
+
+    observe(model, pixels, {operand.name: partial(see, operand) for operand in operands})
+    return {o.name: _joined(seen[o.name], grouped=o.kind in AXES) for o in operands}
+
+
+def _ranges(x: Tensor, operand: Operand) -> Tensor:
+    if operand.kind in AXES:
+        return torch.stack(extent(x, AXES[operand.kind]), -1).flatten(0, -2)
+    if operand.kind == "head_input":
+        return torch.stack(x.float().aminmax())
+    dims = (0, 2, 3)  # all but the heads
+    return torch.stack((x.float().amin(dims), x.float().amax(dims)), -1)[:, None, None]
+
+
+def _joined(ranges: list[Tensor], *, grouped: bool) -> Tensor:
+    """One tensor of the batches': points side by side, or the range that holds them all."""
+    if grouped:
+        return torch.cat(ranges)
+    low, high = torch.stack(ranges).unbind(-1)
+    return torch.stack((low.amin(0), high.amax(0)), -1)
+
+
+def _static(extremes: Tensor, step: IgqStep) -> ActivationQuantizer:
+    low, high = extremes.unbind(-1)
+    return UniformQuantizer.covering(low, high, step.bits)
+
+
+def _grouped(operand: Operand, points: Tensor, groups: int, step: IgqStep) -> ActivationQuantizer:
+    bits = step.softmax_bits or step.bits if operand.kind == "probabilities" else step.bits
+    bounds, _ = fit_bounds(points, groups, step.iterations)
+    quantizer = GroupedQuantizer(bits, groups, AXES[operand.kind]).to(points.device)
+    return quantizer.fill(low=bounds[:, 0], high=bounds[:, 1])
+
+
+def fit_bounds(points: Tensor, groups: int, iterations: int) -> tuple[Tensor, list[float]]:
+    """Minimise sum_p min_i |p - (l_i, u_i)|^2 by alternating assignments (E) and means (M).
+
+    Starts from equal parts of the points in order of their widths; ends early when no assignment changes.
+
+    Args:
+        points: (P, 2), the (min, max) of channels; of softmax rows, (0, max).
+    Returns: the bounds (l, u), (groups, 2) float64, and the objective after each E-step, which never rises.
+    """
+    points = points.double()
+    order = (points[:, 1] - points[:, 0]).argsort(stable=True)
+    group = torch.empty_like(order)
+    group[order] = torch.arange(len(points), device=points.device) * groups // len(points)
+    objective: list[float] = []
+    for _ in range(iterations):
+        bounds = _means(points, group, groups)
+        distance = (points[:, :1] - bounds[:, 0]).square_() + (points[:, 1:] - bounds[:, 1]).square_()
+        nearest = distance.min(1)
+        objective.append(float(nearest.values.sum()))
+        if torch.equal(nearest.indices, group):
+            break
+        group = nearest.indices
+    return bounds, objective
+
+
+def _means(points: Tensor, group: Tensor, groups: int) -> Tensor:
+    """The mean of each group's points; an empty group takes a point that lies farthest from its mean."""
+    member = torch.nn.functional.one_hot(group, groups).T.double()
+    size = member.sum(1, keepdim=True)
+    means = (member @ points) / size.clamp(min=1)
+    empty = (size.squeeze(1) == 0).nonzero().squeeze(1)
+    if len(empty):
+        distance = (points - means[group]).square().sum(1)
+        farthest = distance.argsort(descending=True, stable=True)
+        means[empty] = points[farthest[torch.arange(len(empty), device=points.device) % len(points)]]
+    return means
+
+
+def group_counts(step: IgqStep) -> tuple[int, ...]:
+    """The numbers of groups to fit: one, or from a quarter to twice of it; 2, 4, 6, 8, 10, 12, 16 around 8."""
+    if step.allocation == "uniform":
+        return (step.groups,)
+    return tuple(sorted({max(1, round(quarters * step.groups / 4)) for quarters in QUARTERS}))
+
+
+def _allocated(
+    model: VisionModel, images: Images, grouped: Mapping[str, Candidates], uniform: int
+) -> dict[str, int]:
+    """Groups by operand: the least summed perturbation within the operations of `uniform` groups everywhere."""
+    overhead = {product.operand: product.overhead for product in model_products(model)}
+    counts = list(next(iter(grouped.values())))
+    costs = np.array([[overhead[name](g) for g in counts] for name in grouped], dtype=np.float64)
+    budget = float(costs[:, counts.index(uniform)].sum())
+    columns = allocate(perturbations(model, images, grouped), costs, budget)
+    return {name: counts[column] for name, column in zip(grouped, columns, strict=True)}
+
+
+def perturbations(
+    model: VisionModel, images: Images, grouped: Mapping[str, Candidates]
+) -> npt.NDArray[np.float64]:
+    """Omega (operands, candidates): mean KL of the predictions with one operand quantized from the float ones."""
+    expected = model.logits(images.pixels).double().log_softmax(-1)
+    trials = [(name, quantizer) for name, counts in grouped.items() for quantizer in counts.values()]
+    omega: list[float] = []
+    for name, quantizer in trials:
+        with quantized(model, {name: quantizer}):
+            found = model.logits(images.pixels).double().log_softmax(-1)
+        omega.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
+        images.tell(len(omega), len(trials))
+    return np.array(omega).reshape(len(grouped), -1)
+
+
+def allocate(
+    omega: npt.NDArray[np.float64], costs: npt.NDArray[np.float64], budget: float
+) -> npt.NDArray[np.intp]:
+    """The candidate of each operand, (operands): min sum of omega, sum of costs <= budget (to a millionth).
+
+    omega, costs: (operands, candidates). Raises: CalibrationError if the budget allows no choice.
+    """
+    operands, candidates = omega.shape
+    unit = 1e4 / max(float(np.abs(omega).max()), 1e-300)  # the solver stops within 1e-6 of the least sum
+    one_each = LinearConstraint(np.kron(np.eye(operands), np.ones(candidates)), 1, 1)
+    affordable = LinearConstraint((costs / budget).reshape(1, -1), -np.inf, 1)
+    solved = milp(
+        (omega * unit).ravel(),
+        integrality=np.ones(omega.size),
+        bounds=Bounds(0, 1),
+        constraints=[one_each, affordable],
+        options={"mip_rel_gap": 0},
+    )
+    if solved.x is None:
+        raise CalibrationError(f"no allocation of groups fits the bit operations: {solved.message}")
+    chosen: npt.NDArray[np.intp] = solved.x.reshape(omega.shape).argmax(1)
+    return chosen

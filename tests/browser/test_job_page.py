@@ -21,7 +21,7 @@ def sign_in(tab: Page, live: LiveServer) -> None:
 def submit(tab: Page) -> str:
     tab.get_by_role("combobox", name="Model").fill(MODEL)
     tab.get_by_label("Tokens a window").fill("32")
-    tab.get_by_label("Windows", exact=True).fill("4")
+    tab.get_by_label("Windows or images", exact=True).fill("4")
     tab.get_by_role("button", name="Submit").click()
     return tab.url.rpartition("/")[2]
 

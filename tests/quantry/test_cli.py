@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ def submit(live: LiveServer, *words: str) -> JobRead:
 def start(live: LiveServer, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "quantry", *words]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=live.environment)
+    interruptible = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # background jobs ignore SIGINT
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, env=live.environment, preexec_fn=interruptible
+    )
 
 
 def end(live: LiveServer, claim: Claim, ending: str) -> None:

@@ -22,8 +22,10 @@ from worker.calibration.statistics import InputStatistics
 from worker.errors import CalibrationError
 from worker.methods.grids import Grid, clipped_grid, minmax_grid, store_scale
 from worker.methods.rtn import by_group, on_grid
+from worker.methods.triangular import invert_upper, times_transpose, times_upper
 
 LADDER = (1, 2, 5, 10, 20, 50, 100)  # times the damping asked for, until H is positive definite
+REFINED_STEPS = 12  # ranges that the clip search tries where the scales are fitted again afterwards
 LEAF = 16  # columns swept one by one before a matrix product takes over
 
 
@@ -77,8 +79,8 @@ def _inverse_root(h: Tensor, order: Tensor) -> Tensor | None:
         return None
     root = lower.flip(0, 1)
     del lower
-    inverse = torch.eye(len(h), dtype=h.dtype, device=h.device)
-    torch.linalg.solve_triangular(root, inverse, upper=True, out=inverse)
+    inverse = torch.zeros_like(h)
+    invert_upper(root, inverse)
     return inverse
 
 
@@ -86,9 +88,9 @@ def shifted_target(w: Tensor, cross: Tensor, factor: Factor, strength: float) ->
     """W* = W + strength * W D (H + lambda I)^-1 for w (out, in) and D = `cross` (in, in), in column order."""
     root = factor.inverse_root
     if len(w) < len(root):
-        shift = ((w @ cross)[:, factor.order] @ root.T) @ root
+        shift = times_upper(times_transpose((w @ cross)[:, factor.order], root), root)
     else:
-        shift = w @ ((cross[:, factor.order] @ root.T) @ root)
+        shift = w @ times_upper(times_transpose(cross[:, factor.order], root), root)
     target = w.clone()
     target[:, factor.order] += strength * shift
     return target
@@ -135,7 +137,8 @@ def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
         return minmax_grid(grouped, step.bits, symmetric=step.symmetric)
     weight = diagonal.clamp(min=0).view(grouped.shape[1:])
     weight = weight / weight.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-    return clipped_grid(grouped, step.bits, symmetric=step.symmetric, weight=weight)
+    steps = REFINED_STEPS if step.passes else 2 * REFINED_STEPS
+    return clipped_grid(grouped, step.bits, symmetric=step.symmetric, weight=weight, steps=steps)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from quantry.families import Family, block_bias_layer, family_of
 from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
+from worker.models.attention import use_tiles
 from worker.models.calls import BlockCall
 from worker.models.tensors import Checkpoint
 
@@ -56,6 +57,8 @@ class CausalLM:
                 self.config, dtype=dtype, attn_implementation=attention
             )
         self.model.eval().requires_grad_(False)
+        if device.type == "cpu":
+            use_tiles(self.model)
         self._as_stored = True
         self._scales: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}

@@ -345,9 +345,9 @@ def test_sources_are_looked_for_as_texts_are(workspace: Workspace) -> None:
     upload = DatasetRef(source="upload", id="ds_1", split="all")
     assert (stacked(load_images(upload, "calibration", workspace)) == GREY).all()
     for ref, kind, message in (
-        (DatasetRef(source="upload", id="ds_9"), DatasetError, "no uploaded images ds_9"),
+        (DatasetRef(source="upload", id="ds_9"), DatasetError, "there is no upload ds_9"),
         (DatasetRef(source="bundled", id="bundled/pydoc"), DatasetError, "there is bundled/digits"),
-        (DatasetRef(source="hub", id="a/b"), DatasetError, "calibration.dataset.file: name the .npz file"),
+        (DatasetRef(source="hub", id="a/b"), DatasetError, "calibration.dataset.file: name the file inside"),
         (local("../up.npz"), ModelNotFound, "not below any"),
     ):
         with pytest.raises(kind, match=message):

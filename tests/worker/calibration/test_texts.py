@@ -78,7 +78,7 @@ def test_uploads_are_found_by_id(workspace: Workspace) -> None:
     write(workspace, "upload.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     ref = DatasetRef(source="upload", id="ds_1", split="all")
     assert load_text(ref, "calibration", workspace).documents == ("one", "two")
-    with pytest.raises(DatasetError, match="no uploaded text ds_2"):
+    with pytest.raises(DatasetError, match="there is no upload ds_2"):
         load_text(DatasetRef(source="upload", id="ds_2"), "calibration", workspace)
 
 

@@ -75,7 +75,10 @@ def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, see
         return found
     model = CausalLM(options.model, device=torch.device("cpu"), dtype=getattr(torch, options.dtype))
     calibration, evaluation = windows(options, model, seed)
-    baselines = ("fp", "rtn") if recipe == options.recipes[0] and seed == options.seeds[0] else ()
+    first = recipe == options.recipes[0] and seed == options.seeds[0]
+    full = KEPT / f"{options.model.name}-fp-{evaluated.split()[0]}-{options.dtype}.json"
+    known = json.loads(full.read_text()) if full.exists() else {}
+    baselines = ("rtn",) if first and known else ("fp", "rtn") if first else ()
     spec = JobSpec(
         model=ModelRef(source="local", id=str(options.model)),
         recipe=steps(recipe, bits, group, not options.asymmetric),
@@ -86,8 +89,10 @@ def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, see
         store = BlockStore(Path(folder) / "blocks", "benchmark")
         judge = PerplexityJudge(model)
         result = BlockSweep(model, spec, store, Progress(io.StringIO()), calibration, evaluation, judge).run()
-    values = {**result.perplexity, "cpu_s": result.cost.cpu_s, "windows": len(evaluation)}
+    values = {**known, **result.perplexity, "cpu_s": result.cost.cpu_s, "windows": len(evaluation)}
     KEPT.mkdir(parents=True, exist_ok=True)
+    if "fp" in values:
+        full.write_text(json.dumps({"fp": values["fp"]}))
     file.write_text(json.dumps(values))
     return values
 

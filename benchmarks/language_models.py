@@ -22,7 +22,8 @@ from pathlib import Path
 
 import torch
 
-from quantry.contract import BiasCompensationStep, DatasetRef, Evaluation, GptqStep, JobSpec, ModelRef, Step
+from quantry.contract import DatasetRef, Evaluation, JobSpec, ModelRef
+from quantry.recipe import BiasCompensationStep, GptqStep, Step
 from worker.calibration.store import BlockStore
 from worker.calibration.texts import calibration_windows, cut_windows, load_text, tokenize
 from worker.metrics.quality import PerplexityJudge

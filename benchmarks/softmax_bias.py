@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 from transformers import AutoImageProcessor, AutoModelForCausalLM
 
-from quantry.contract import DatasetRef, SoftmaxBiasStep
+from quantry.contract import DatasetRef
 from quantry.layers.operands import (
     attach,
     detach_all,
@@ -35,6 +35,7 @@ from quantry.layers.operands import (
     use_quantized_attention,
     watch_probabilities,
 )
+from quantry.recipe import SoftmaxBiasStep
 from worker.calibration.texts import calibration_windows, cut_windows, load_text, tokenize
 from worker.methods.softmax_bias import SoftmaxResult, SoftmaxStatistics, correct_softmax, unit_grid
 from worker.models.calls import run_block

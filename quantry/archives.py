@@ -55,5 +55,7 @@ def _check_members(archive: zipfile.ZipFile, name: str) -> None:
     if len(set(names)) < len(names):
         raise ArchiveError(f"{name} has two members of one name")
     for member in archive.infolist():
+        if member.header_offset < 0:
+            raise ArchiveError(f"{name}: the list of members points outside of the archive")
         if member.flag_bits & 1 or member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise ArchiveError(f"{name}: {member.filename} is encrypted or compressed by other than deflate")

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 import quantry.hf  # noqa: F401  (registers the format)
-from quantry.contract import Manifest
+from quantry.reports import Manifest
 from quantry.unpack import gguf_state, gptq_state
 from quantry.vision import VISION_FAMILIES
 

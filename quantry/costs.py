@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantry.contract import Estimate, GptqStep
 from quantry.planning import Layer, Plan
+from quantry.recipe import GptqStep
+from quantry.reports import Estimate
 
 RUNTIME_BYTES = 800 * 2**20  # a process with torch and transformers imported, and what malloc keeps
 _BATCH_WINDOWS = 8  # windows that go through a block at once

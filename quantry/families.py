@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from quantry.contract import SpecError
+from quantry.base import SpecError
 
 
 @dataclass(frozen=True)

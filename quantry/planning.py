@@ -12,18 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from quantry.contract import (
-    Format,
-    GptqStep,
-    JobSpec,
-    LayerPlan,
-    RtnStep,
-    SpecError,
-    dividing_group_sizes,
-    resolve_format,
-)
+from quantry.base import SpecError
+from quantry.contract import Format, JobSpec, resolve_format
 from quantry.families import Family, bias_slots, family_of, holds_added_biases, rehome_target
 from quantry.headers import DTYPE_BITS, TensorInfo
+from quantry.recipe import GptqStep, RtnStep, dividing_group_sizes
+from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 _WRITTEN = Literal["compressed-tensors", "gptq", "gguf", "quantry"]

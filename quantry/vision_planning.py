@@ -7,8 +7,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantry.contract import DatasetRef, Estimate, JobSpec, LayerPlan, Metric, SpecError, dividing_group_sizes
+from quantry.base import Metric, SpecError
+from quantry.contract import DatasetRef, JobSpec
 from quantry.headers import TensorInfo
+from quantry.recipe import dividing_group_sizes
+from quantry.reports import Estimate, LayerPlan
 from quantry.vision import VisionFamily, vision_family_of
 
 VISION_METHODS = (

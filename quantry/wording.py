@@ -5,20 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from quantry.contract import (
+from quantry.contract import DatasetRead, JobSpec
+from quantry.recipe import (
     ActivationGrid,
     BiasCompensationStep,
-    BitOperations,
-    DatasetRead,
     GptqStep,
     IgqStep,
-    JobSpec,
     RtnStep,
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
     UniformStep,
 )
+from quantry.reports import BitOperations
 
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 _COUNTS = ("", "k", "M", "G", "T", "P")

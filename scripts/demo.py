@@ -34,7 +34,8 @@ from rich.table import Table
 from quantry.bundled import bundled_model, bundled_text
 from quantry.cli.render import LiveJob
 from quantry.client import Client, QuantryError
-from quantry.contract import JobRead, Manifest, Report, State
+from quantry.jobs import JobRead, State
+from quantry.reports import Manifest, Report
 from quantry.wording import bytes_text
 
 MODEL, TEXT = "bundled/opt-tiny", "bundled/pydoc"

@@ -27,23 +27,18 @@ from app.shared.database import make_engine, make_sessions
 from app.shared.leases import Claim, Step
 from app.shared.settings import Settings
 from app.shared.storage import Storage
-from quantry.contract import (
+from quantry.contract import JobRequest
+from quantry.jobs import Failed, JobError, Progress, Rejected, State, Succeeded
+from quantry.reports import (
     BlockReport,
     CostReport,
-    Failed,
     FileEntry,
-    JobError,
-    JobRequest,
     LayerReport,
     Loader,
     Manifest,
-    Progress,
     QualityRow,
-    Rejected,
     Report,
     SizeReport,
-    State,
-    Succeeded,
 )
 from worker.report import write_report
 

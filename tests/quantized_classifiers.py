@@ -13,10 +13,11 @@ from factories import write_classifier
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from quantry.contract import GptqStep, Manifest, UniformStep
 from quantry.layers.operands import attach, set_probability_bias
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from quantry.recipe import GptqStep, UniformStep
+from quantry.reports import Manifest
 from worker.export.vision import write_vision
 from worker.methods.activations import names_of, observe
 from worker.models.vision import VisionModel

@@ -11,19 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantry.contract import (
-    AdalogStep,
-    IgqStep,
-    JobSpec,
-    OperandReport,
-    Ptq4vitStep,
-    RepqStep,
-    SmoothquantStep,
-    State,
-    UniformStep,
-)
+from quantry.contract import JobSpec
+from quantry.jobs import State
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.recipe import AdalogStep, IgqStep, Ptq4vitStep, RepqStep, SmoothquantStep, UniformStep
+from quantry.reports import OperandReport
 from worker.block import Dressing
 from worker.calibration.streams import Stream
 from worker.methods import adalog, igq, ptq4vit, repq, uniform

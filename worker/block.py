@@ -10,10 +10,10 @@ from itertools import repeat
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import BiasCompensationStep, GptqStep, RtnStep
 from quantry.layers.operands import attach, set_probability_bias
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
 from worker.calibration.walk import Passage, passage

@@ -6,7 +6,8 @@ import contextlib
 import signal
 from pathlib import Path
 
-from quantry.contract import Failed, JobError, Limits
+from quantry.contract import Limits
+from quantry.jobs import Failed, JobError
 from worker.child import Exit
 
 _TAIL = 4096  # bytes of a log that go into the job's events

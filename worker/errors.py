@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quantry.contract import JobError
+from quantry.jobs import JobError
 
 
 class QuantizationError(Exception):

@@ -18,22 +18,13 @@ import transformers
 from torch import Tensor
 
 import quantry
-from quantry.contract import (
-    BitOperations,
-    CostReport,
-    JobSpec,
-    Manifest,
-    QualityRow,
-    Rejected,
-    Report,
-    SizeReport,
-    State,
-    Succeeded,
-)
+from quantry.contract import JobSpec
 from quantry.costs import estimate
+from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
 from quantry.quantizers.grouped import GroupedQuantizer
+from quantry.reports import BitOperations, CostReport, Manifest, QualityRow, Report, SizeReport
 from quantry.vision_planning import VisionPlan, estimate_vision
 from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 import quantry
-from quantry.contract import JobSpec, SpecError, State
+from quantry.base import SpecError
+from quantry.contract import JobSpec
+from quantry.jobs import State
 from quantry.layers.operands import ATTENTION
 from quantry.planning import Plan, plan
 from quantry.vision import is_vision

@@ -17,7 +17,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import TextIO
 
-from quantry.contract import Failed, JobError, Outcome
+from quantry.jobs import Failed, JobError, Outcome
 from worker.errors import DiskFull, OutOfMemory, QuantizationError
 from worker.progress import Progress
 from worker.workspace import JobInput

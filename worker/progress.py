@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any, TextIO
 
-from quantry.contract import State
+from quantry.jobs import State
 
 
 class Progress:

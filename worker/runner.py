@@ -24,7 +24,8 @@ from app.shared.errors import ForbiddenMove
 from app.shared.leases import Claim, Signal, Step
 from app.shared.settings import Settings
 from app.shared.storage import Storage
-from quantry.contract import Cancelled, Failed, Manifest, Outcome, Progress, Rejected, State, Succeeded
+from quantry.jobs import Cancelled, Failed, Outcome, Progress, Rejected, State, Succeeded
+from quantry.reports import Manifest
 from worker import child as children
 from worker import ending
 from worker.child import BadMessage, Child

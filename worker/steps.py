@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantry.contract import GptqStep, RtnStep
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.recipe import GptqStep, RtnStep
 from worker.calibration.statistics import InputStatistics
 from worker.methods.gptq import gptq
 from worker.methods.rtn import rtn

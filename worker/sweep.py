@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import BlockReport, JobSpec, LayerReport, RtnStep, State
+from quantry.contract import JobSpec
+from quantry.jobs import State
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from quantry.recipe import RtnStep
+from quantry.reports import BlockReport, LayerReport
 from worker.block import BlockQuantizer, Dressing, QuantizedBlock, install
 from worker.calibration.store import BlockStore, FinishedBlock
 from worker.calibration.streams import Stream, difference

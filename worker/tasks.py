@@ -9,7 +9,7 @@ from celery import Celery
 from sqlalchemy.exc import DBAPIError
 
 from app.shared import leases, queue
-from quantry.contract import State
+from quantry.jobs import State
 from worker.runner import Runner
 
 log = logging.getLogger(__name__)

@@ -7,7 +7,8 @@ from typing import Literal
 
 from pydantic import Field
 
-from quantry.contract import JobSpec, Model
+from quantry.base import Model
+from quantry.contract import JobSpec
 
 
 class Workspace(Model):

@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 from app.contents import UploadRefused
 from app.intake.errors import HubUnreachable, InputRefused
 from app.shared import errors
-from quantry.contract import SpecError
+from quantry.base import SpecError
 
 MEDIA_TYPE = "application/problem+json"
 PROBLEMS = "/problems/"

@@ -15,7 +15,7 @@ from app.api.negotiation import choose
 from app.api.router import Router, problems
 from app.api.watch import Mark
 from app.shared import jobs
-from quantry.contract import FINISHED, Event, EventPage
+from quantry.jobs import FINISHED, Event, EventPage
 
 router = Router(prefix="/v1/jobs/{job_id}", tags=["jobs"])
 

@@ -14,7 +14,7 @@ from app.api.router import Router, problems
 from app.api.schemas import Health
 from app.shared.database import transaction
 from app.shared.tables import Job
-from quantry.contract import State
+from quantry.jobs import State
 
 router = Router(tags=["server"])
 

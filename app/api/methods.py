@@ -10,15 +10,16 @@ from fastapi import Response
 
 from app.api.deps import Reader
 from app.api.router import Router
-from quantry.contract import (
+from quantry.contract import MethodInfo, MethodPage
+from quantry.families import FAMILIES
+from quantry.planning import LANGUAGE_METHODS
+from quantry.recipe import (
     ACTIVATION_METHODS,
     WEIGHT_METHODS,
     AdalogStep,
     BiasCompensationStep,
     GptqStep,
     IgqStep,
-    MethodInfo,
-    MethodPage,
     Ptq4vitStep,
     RepqStep,
     RtnStep,
@@ -27,8 +28,6 @@ from quantry.contract import (
     Step,
     UniformStep,
 )
-from quantry.families import FAMILIES
-from quantry.planning import LANGUAGE_METHODS
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from quantry.wording import METHODS as NAMES

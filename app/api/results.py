@@ -22,7 +22,8 @@ from app.api.negotiation import choose
 from app.api.router import Router, problems
 from app.shared import jobs
 from app.shared.errors import Conflict, JobNotFinished, NotFound
-from quantry.contract import FINISHED, AttemptPage, FileEntry, LayerReport, Manifest, Report
+from quantry.jobs import FINISHED, AttemptPage
+from quantry.reports import FileEntry, LayerReport, Manifest, Report
 
 router = Router(prefix="/v1/jobs/{job_id}", tags=["results"])
 

@@ -1,4 +1,4 @@
-"""Bodies that only the server's administration uses; everything else is in quantry.contract."""
+"""Bodies that only the server's administration uses; everything else is in quantry.contract and quantry.reports."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from quantry.contract import Model, Name
+from quantry.base import Model, Name
 
 
 class KeyRequest(Model):

@@ -20,7 +20,7 @@ from app.shared import jobs
 from app.shared.database import transaction
 from app.shared.errors import JobNotFound
 from app.shared.tables import Job
-from quantry.contract import FINISHED
+from quantry.jobs import FINISHED
 
 PERIOD_S = 0.2
 _BATCH = 500  # ids in one query; SQLite allows some tens of thousands of parameters

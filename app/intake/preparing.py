@@ -13,9 +13,10 @@ from app.intake.hub import Hub
 from app.intake.texts import check_length, check_overlap, read_text
 from app.shared.settings import Settings
 from quantry.bundled import NotBundledError, bundled_model
-from quantry.contract import Estimate, JobSpec, ModelRef
+from quantry.contract import JobSpec, ModelRef
 from quantry.costs import estimate
 from quantry.planning import Plan, plan
+from quantry.reports import Estimate
 from quantry.vision import is_vision
 from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
 

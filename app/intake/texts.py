@@ -15,8 +15,9 @@ from app.intake.hub import Hub
 from app.shared.database import transaction
 from app.shared.settings import Settings
 from app.shared.tables import Dataset
+from quantry.base import SpecError
 from quantry.bundled import NotBundledError, bundled_images, bundled_text
-from quantry.contract import DatasetRef, JobSpec, SpecError
+from quantry.contract import DatasetRef, JobSpec
 
 IMAGE_SUFFIXES = (".npz", ".zip")  # uploaded files are kept as a stored zip
 SUFFIXES = (".txt", ".jsonl", ".ndjson", ".parquet")

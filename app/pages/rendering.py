@@ -17,7 +17,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from app.api.errors import STATUS, ProblemError
 from app.pages.login import LoginNeeded, login_path
 from app.shared.errors import ServiceError
-from quantry.contract import FINISHED, SpecError
+from quantry.base import SpecError
+from quantry.jobs import FINISHED
 from quantry.wording import (
     bytes_text,
     figure_change_text,

@@ -23,9 +23,11 @@ from app.pages.rendering import HEADERS, STATIC, TYPES, PageRoute, fragment, pag
 from app.security import Caller, verify_key
 from app.shared import jobs
 from app.shared.errors import KeyRefused, NotFound, ServiceError
+from quantry.base import SpecError
 from quantry.bundled import BUNDLED_IMAGES, BUNDLED_MODELS, BUNDLED_TEXTS
-from quantry.contract import FINISHED, Estimate, JobRead, Manifest, SpecError
 from quantry.families import FAMILIES
+from quantry.jobs import FINISHED, JobRead
+from quantry.reports import Estimate, Manifest
 from quantry.wording import METHODS as NAMES
 
 router = APIRouter(route_class=PageRoute, include_in_schema=False)

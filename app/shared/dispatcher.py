@@ -22,7 +22,7 @@ from app.shared.database import transaction
 from app.shared.settings import WEEK_S, Settings
 from app.shared.storage import Storage
 from app.shared.tables import Job, Outbox
-from quantry.contract import FINISHED, State
+from quantry.jobs import FINISHED, State
 
 log = logging.getLogger(__name__)
 

@@ -29,18 +29,9 @@ from app.shared.errors import (
 from app.shared.ids import new_id
 from app.shared.moves import move
 from app.shared.tables import Job, JobAttempt, JobEvent, Outbox
-from quantry.contract import (
-    FINISHED,
-    RUNNING,
-    Attempt,
-    Event,
-    JobError,
-    JobRead,
-    JobSpec,
-    Progress,
-    QualityRow,
-    State,
-)
+from quantry.contract import JobSpec
+from quantry.jobs import FINISHED, RUNNING, Attempt, Event, JobError, JobRead, Progress, State
+from quantry.reports import QualityRow
 
 UNFINISHED = (State.QUEUED, *RUNNING, State.CANCELLING)
 

@@ -21,14 +21,13 @@ from app.shared import database
 from app.shared.database import transaction
 from app.shared.moves import append_events, close_attempt, move
 from app.shared.tables import Dataset, Job, JobAttempt
-from quantry.contract import (
+from quantry.contract import DatasetRef, JobSpec
+from quantry.jobs import (
     FINISHED,
     RUNNING,
     Cancelled,
-    DatasetRef,
     Failed,
     JobError,
-    JobSpec,
     Outcome,
     Progress,
     Rejected,

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.shared.errors import ForbiddenMove
 from app.shared.tables import Job, JobAttempt, JobEvent, Outbox
-from quantry.contract import FINISHED, MOVES, State
+from quantry.jobs import FINISHED, MOVES, State
 
 
 def move(

@@ -21,7 +21,7 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
-from quantry.contract import State
+from quantry.jobs import State
 
 
 class UtcDateTime(TypeDecorator[datetime]):

@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import quantry
-from quantry.contract import BiasCompensationStep, GptqStep, JobSpec, ModelRef, Step
+from quantry.contract import JobSpec, ModelRef
+from quantry.recipe import BiasCompensationStep, GptqStep, Step
 from worker.calibration.store import BlockStore
 from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM

@@ -20,7 +20,8 @@ from quantry.cli import render
 from quantry.cli.request import Options, build_request, parse_labels
 from quantry.cli.session import INTERRUPTED, JOB_FAILED, Session, session
 from quantry.client.connection import DEFAULT_URL
-from quantry.contract import JobRead, Manifest, State
+from quantry.jobs import JobRead, State
+from quantry.reports import Manifest
 
 app = typer.Typer(
     name="quantry",

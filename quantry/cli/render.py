@@ -10,19 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from quantry.contract import (
-    FINISHED,
-    DatasetRead,
-    Estimate,
-    JobRead,
-    LayerReport,
-    Manifest,
-    MethodInfo,
-    OperandReport,
-    QualityRow,
-    Report,
-    State,
-)
+from quantry.contract import DatasetRead, MethodInfo
+from quantry.jobs import FINISHED, JobRead, State
+from quantry.reports import Estimate, LayerReport, Manifest, OperandReport, QualityRow, Report
 from quantry.wording import (
     bytes_text,
     change_text,

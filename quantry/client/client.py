@@ -17,23 +17,9 @@ from quantry.client import following
 from quantry.client.connection import Connection, resolve_key, resolve_url
 from quantry.client.errors import InvalidRequest
 from quantry.client.following import job_path
-from quantry.contract import (
-    Attempt,
-    AttemptPage,
-    DatasetPage,
-    DatasetRead,
-    Estimate,
-    Event,
-    JobPage,
-    JobRead,
-    JobRequest,
-    JobSpec,
-    LayerReport,
-    Manifest,
-    MethodInfo,
-    MethodPage,
-    Report,
-)
+from quantry.contract import DatasetPage, DatasetRead, JobRequest, JobSpec, MethodInfo, MethodPage
+from quantry.jobs import Attempt, AttemptPage, Event, JobPage, JobRead
+from quantry.reports import Estimate, LayerReport, Manifest, Report
 
 _LAYERS = TypeAdapter(tuple[LayerReport, ...])
 

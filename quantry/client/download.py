@@ -18,7 +18,7 @@ import httpx2
 from quantry.client.connection import Connection, backoff_s
 from quantry.client.errors import ProblemError, QuantryError
 from quantry.client.following import job_path
-from quantry.contract import FileEntry, Manifest
+from quantry.reports import FileEntry, Manifest
 
 MANIFEST = "manifest.json"
 CHUNK = 1 << 20

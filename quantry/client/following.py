@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from quantry.client.connection import Connection, backoff_s
 from quantry.client.errors import ProblemError, QuantryError, WaitTimeout
 from quantry.client.sse import Message, decode
-from quantry.contract import FINISHED, Event, EventPage, JobRead
+from quantry.jobs import FINISHED, Event, EventPage, JobRead
 
 KEEP_ALIVE_S = 60.0  # a stream that is silent for longer is taken for dead
 LONG_POLL_S = 20  # what `Prefer: wait` asks for

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from playwright.sync_api import Browser, Page, expect
 
-from quantry.contract import State
+from quantry.jobs import State
 from tests.live_server import MODEL, LiveServer
 
 pytestmark = pytest.mark.browser

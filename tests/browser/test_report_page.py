@@ -9,7 +9,7 @@ import pytest
 from playwright.sync_api import Page, expect
 
 from app.shared.leases import Claim
-from quantry.contract import BlockReport, Report
+from quantry.reports import BlockReport, Report
 from tests.live_server import make_report, request
 from worker.report import write_report
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from app.shared.leases import Claim
-from quantry.contract import JobRead, State
+from quantry.jobs import JobRead, State
 from tests.live_server import MODEL, LiveServer
 
 SMALL = ("--samples", "4", "--seq-len", "32")

@@ -15,18 +15,17 @@ from quantry.cli.options import Correction, Method
 from quantry.cli.request import Options, build_request
 from quantry.cli.session import Session
 from quantry.client import Client, InvalidRequest
-from quantry.contract import (
+from quantry.contract import JobRequest
+from quantry.jobs import JobRead, State
+from quantry.recipe import UniformStep
+from quantry.reports import (
     BitOperations,
     CostReport,
-    JobRead,
-    JobRequest,
     LayerReport,
     OperandReport,
     QualityRow,
     Report,
     SizeReport,
-    State,
-    UniformStep,
 )
 
 TEXT = QualityRow(metric="perplexity", dataset="pydoc", samples=9, fp=14.0, rtn=19.0, quantized=15.0)

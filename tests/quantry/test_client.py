@@ -18,7 +18,8 @@ from quantry.client import (
     Unauthorized,
     WaitTimeout,
 )
-from quantry.contract import RtnStep, State
+from quantry.jobs import State
+from quantry.recipe import RtnStep
 from tests.cutting_proxy import CuttingProxy
 from tests.live_server import MODEL, LiveServer, request
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from quantry.client import Client, ConnectionFailed, DownloadError, ProblemError
-from quantry.contract import FileEntry, JobRead, Loader, Manifest
+from quantry.jobs import JobRead
+from quantry.reports import FileEntry, Loader, Manifest
 from tests.cutting_proxy import CuttingProxy
 from tests.live_server import LiveServer, request
 

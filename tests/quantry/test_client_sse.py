@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quantry.client import Client, ProblemError
 from quantry.client.sse import Message, decode
-from quantry.contract import State
+from quantry.jobs import State
 from tests.cutting_proxy import CuttingProxy
 from tests.live_server import LiveServer, request
 

@@ -7,13 +7,12 @@ from datetime import UTC, datetime
 
 import pytest
 
-from quantry.contract import (
+from quantry.contract import DatasetRead
+from quantry.recipe import (
     ACTIVATION_METHODS,
     CORRECTION_METHODS,
     WEIGHT_METHODS,
     BiasCompensationStep,
-    BitOperations,
-    DatasetRead,
     GptqStep,
     IgqStep,
     Ptq4vitStep,
@@ -22,6 +21,7 @@ from quantry.contract import (
     Step,
     UniformStep,
 )
+from quantry.reports import BitOperations
 from quantry.wording import (
     METHODS,
     bytes_text,

@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from quantry.contract import FileEntry, Loader, Manifest
+from quantry.reports import FileEntry, Loader, Manifest
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
 

@@ -16,19 +16,8 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from quantry.contract import (
-    CostReport,
-    FileEntry,
-    Loader,
-    Manifest,
-    Outcome,
-    QualityRow,
-    Rejected,
-    Report,
-    SizeReport,
-    State,
-    Succeeded,
-)
+from quantry.jobs import Outcome, Rejected, State, Succeeded
+from quantry.reports import CostReport, FileEntry, Loader, Manifest, QualityRow, Report, SizeReport
 from worker import process
 from worker.errors import NonFiniteError
 from worker.progress import Progress

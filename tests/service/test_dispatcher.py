@@ -17,7 +17,8 @@ from app.shared.settings import Settings, get_settings
 from app.shared.storage import Storage
 from app.shared.tables import Outbox
 from app.supervisor import Child
-from quantry.contract import Cancelled, Failed, JobError, JobRequest, Succeeded
+from quantry.contract import JobRequest
+from quantry.jobs import Cancelled, Failed, JobError, Succeeded
 from tests.service.child_jobs import manifest, report
 
 OWNER = "owner"

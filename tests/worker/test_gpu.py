@@ -6,7 +6,8 @@ import factories
 import pytest
 import torch
 
-from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef
+from quantry.contract import Evaluation, JobSpec, ModelRef
+from quantry.recipe import BiasCompensationStep, GptqStep
 from worker.calibration.store import BlockStore
 from worker.metrics.quality import PerplexityJudge
 from worker.models.causal_lm import CausalLM

@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantry.contract import JobRequest, Manifest, Rejected, Succeeded
+from quantry.contract import JobRequest
 from quantry.families import FAMILIES
+from quantry.jobs import Rejected, Succeeded
+from quantry.reports import Manifest
 from worker.errors import (
     DatasetError,
     DeviceError,

@@ -11,7 +11,8 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from quantry.contract import BiasCompensationStep, Evaluation, GptqStep, JobSpec, ModelRef, RtnStep, Step
+from quantry.contract import Evaluation, JobSpec, ModelRef
+from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep, Step
 from worker.calibration import walk
 from worker.calibration.store import BlockStore
 from worker.metrics.quality import PerplexityJudge

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from quantry.contract import JobRequest, Rejected, Succeeded
+from quantry.contract import JobRequest
+from quantry.jobs import Rejected, Succeeded
 from worker.errors import DatasetError, ModelError, RecipeError
 from worker.pipeline import run
 from worker.progress import Progress

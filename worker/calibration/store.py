@@ -16,8 +16,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from quantry.contract import BlockReport, LayerReport
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from quantry.reports import BlockReport, LayerReport
 from worker.models.network import Network, join
 
 

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from quantry.contract import FileEntry
+from quantry.reports import FileEntry
 from worker.errors import DiskFull
 
 # What a tokenizer, an image processor and the terms of use consist of; weights and configs are written by the formats.

@@ -18,9 +18,9 @@ from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType, RopeScalingTyp
 from torch import Tensor
 
 import quantry
-from quantry.contract import FileEntry
 from quantry.families import Family
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
+from quantry.reports import FileEntry
 from worker.errors import ExportError
 from worker.export.files import file_entry, write_json
 from worker.export.formats import check_layer, float16_scale, refuse_positions

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quantry
-from quantry.contract import FileEntry, Loader, Manifest
+from quantry.reports import FileEntry, Loader, Manifest
 from worker.export.files import file_entry, sync_folder, whole_or_nothing, write_bytes
 
 MANIFEST = "manifest.json"

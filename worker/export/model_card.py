@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quantry
-from quantry.contract import BiasCompensationStep, GptqStep, QualityRow, RtnStep, SizeReport, Step
+from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep, Step
+from quantry.reports import QualityRow, SizeReport
 from quantry.wording import METHODS, figure_text, metric_text, recipe_text, samples_text
 from worker.export.files import whole_or_nothing, write_bytes
 from worker.export.manifest import is_classifier, loader_of

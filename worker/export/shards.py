@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from quantry.contract import FileEntry
+from quantry.reports import FileEntry
 from worker.errors import ExportError
 from worker.export.files import write_json
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 import quantry
-from quantry.contract import Manifest, Step
 from quantry.layers.operands import attached
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer
+from quantry.recipe import Step
+from quantry.reports import Manifest
 from worker.errors import ExportError
 from worker.export.files import copy_companions, sync_folder, whole_or_nothing, write_json
 from worker.export.formats import Provenance, Stored, stored_layer

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 import quantry
-from quantry.contract import FileEntry, Manifest, Step
 from quantry.families import Family
 from quantry.quantizers.affine import QuantizedLayer
+from quantry.recipe import Step
+from quantry.reports import FileEntry, Manifest
 from worker.errors import ExportError
 from worker.export.compressed_tensors import CompressedTensors
 from worker.export.files import copy_companions, sync_folder, whole_or_nothing, write_json

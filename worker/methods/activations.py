@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import GptqStep, RtnStep
 from quantry.layers.operands import attach, detach_all
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.recipe import GptqStep, RtnStep
 from worker.models.vision import BATCH_IMAGES, Operand, VisionModel
 
 

@@ -16,9 +16,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantry.contract import AdalogStep
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.logarithmic import LogQuantizer
+from quantry.recipe import AdalogStep
 from worker.errors import NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
 from worker.methods.repq import reparameterize_norms, sampled

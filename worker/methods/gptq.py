@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantry.contract import GptqStep
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.recipe import GptqStep
 from worker.calibration.statistics import InputStatistics
 from worker.errors import CalibrationError
 from worker.methods.grids import Grid, clipped_grid, minmax_grid, store_scale

@@ -18,9 +18,9 @@ import torch
 from scipy.optimize import Bounds, LinearConstraint, milp
 from torch import Tensor
 
-from quantry.contract import IgqStep
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
+from quantry.recipe import IgqStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe, quantized
 from worker.methods.bops import AXES, model_products

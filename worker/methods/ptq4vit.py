@@ -22,9 +22,9 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import Ptq4vitStep, RtnStep
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
+from quantry.recipe import Ptq4vitStep, RtnStep
 from worker.calibration.fisher import fisher_diagonals, run_and_catch, sampled_labels
 from worker.errors import CalibrationError, RecipeError
 from worker.methods.activations import Calibrated, Images

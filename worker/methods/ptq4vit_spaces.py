@@ -9,9 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantry.contract import RtnStep
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.twin import TwinGelu, TwinSoftmax, twin_gelu, twin_softmax
+from quantry.recipe import RtnStep
 from worker.methods.grids import minmax_grid, store_scale
 from worker.methods.rtn import by_group, rtn
 

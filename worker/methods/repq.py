@@ -15,9 +15,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import RepqStep
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.logarithmic import LogQuantizer
+from quantry.recipe import RepqStep
 from worker.errors import NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
 from worker.models.vision import BATCH_IMAGES, Operand, VisionModel

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from quantry.contract import RtnStep
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
+from quantry.recipe import RtnStep
 from worker.methods.grids import Grid, clipped_grid, minmax_grid
 
 

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import SmoothquantStep, SpecError
+from quantry.base import SpecError
 from quantry.families import Family, foldable_norms
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
+from quantry.recipe import SmoothquantStep
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.models.calls import BlockCall, run_block
 

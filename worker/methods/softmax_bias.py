@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import SoftmaxBiasStep
 from quantry.layers.operands import ProbabilityObserver, watch_probabilities
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
+from quantry.recipe import SoftmaxBiasStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.models.calls import BlockCall, run_block
 

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantry.contract import UniformStep
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
+from quantry.recipe import UniformStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
 from worker.models.vision import Operand, VisionModel

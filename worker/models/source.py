@@ -17,8 +17,9 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from quantry.base import SpecError
 from quantry.bundled import bundled_model
-from quantry.contract import DatasetRef, ModelRef, SpecError
+from quantry.contract import DatasetRef, ModelRef
 from quantry.families import family_of
 from quantry.vision import is_vision, vision_family_of
 from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound

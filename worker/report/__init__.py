@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from quantry.contract import Report
+from quantry.reports import Report
 from worker.errors import ExportError
 from worker.report.page import render
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from quantry.contract import QualityRow, Report
+from quantry.reports import QualityRow, Report
 from quantry.wording import (
     bytes_text,
     figure_change_text,

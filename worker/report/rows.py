@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from quantry.contract import LayerReport, OperandReport
+from quantry.reports import LayerReport, OperandReport
 from worker.report.charts import bar, dumbbell
 from worker.report.scales import log_bounds, positive
 

@@ -16,17 +16,17 @@ from app.security import Scope, create_key
 from app.shared import jobs, leases
 from app.shared.leases import Claim
 from app.shared.storage import Storage
-from quantry.contract import (
+from quantry.contract import JobRequest
+from quantry.jobs import Succeeded
+from quantry.reports import (
     CostReport,
     FileEntry,
-    JobRequest,
     LayerReport,
     Loader,
     Manifest,
     QualityRow,
     Report,
     SizeReport,
-    Succeeded,
 )
 
 HIDDEN, LAYERS, VOCABULARY, CONTEXT = 32, 2, 64, 64

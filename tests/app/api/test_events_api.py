@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from app.api import events as events_module
 from app.shared import leases
 from app.shared.leases import Step
-from quantry.contract import Event, EventPage, Progress, State
+from quantry.jobs import Event, EventPage, Progress, State
 from tests.app.api.factories import Jobs
 
 STREAM = {"Accept": "text/event-stream"}

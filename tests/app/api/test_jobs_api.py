@@ -13,7 +13,8 @@ from starlette.testclient import TestClient
 
 from app.shared import leases
 from app.shared.leases import Step
-from quantry.contract import Failed, JobError, JobRead, JobSpec, Progress, State
+from quantry.contract import JobSpec
+from quantry.jobs import Failed, JobError, JobRead, Progress, State
 from tests.app.api.factories import REQUEST, Jobs, Keys
 
 

@@ -19,7 +19,8 @@ from starlette.testclient import TestClient
 from app.api.content import CHUNK_BYTES
 from app.shared import leases
 from app.shared.settings import Settings
-from quantry.contract import Failed, JobError, Manifest, Report
+from quantry.jobs import Failed, JobError
+from quantry.reports import Manifest, Report
 from tests.app.api.factories import Jobs, make_report
 
 CONTENT = bytes(range(256)) * 40

@@ -11,9 +11,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
-from quantry.contract import Estimate, MethodPage, State
+from quantry.contract import MethodPage
 from quantry.families import FAMILIES
+from quantry.jobs import State
 from quantry.planning import LANGUAGE_METHODS
+from quantry.reports import Estimate
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from tests.app.api.factories import LAYERS, REQUEST, Jobs, tensors

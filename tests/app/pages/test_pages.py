@@ -12,7 +12,7 @@ import pytest
 import app.pages
 from app.security import create_key
 from quantry.client import Client
-from quantry.contract import State
+from quantry.jobs import State
 from tests.live_server import MODEL, LiveServer, request
 
 STATIC = Path(app.pages.__file__).parent / "static"

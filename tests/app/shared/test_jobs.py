@@ -18,7 +18,8 @@ from app.shared.errors import (
     JobNotRetryable,
     QueueFull,
 )
-from quantry.contract import Failed, JobError, JobRequest, JobSpec, State
+from quantry.contract import JobRequest, JobSpec
+from quantry.jobs import Failed, JobError, State
 
 OWNER = "owner"
 

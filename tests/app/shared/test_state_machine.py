@@ -32,27 +32,21 @@ from app.shared.database import make_sessions
 from app.shared.errors import ForbiddenMove, IdempotencyConflict, JobFinished, JobNotRetryable
 from app.shared.leases import Claim, Signal, Step
 from app.shared.tables import Base, Job, JobAttempt, JobEvent, Outbox
-from quantry.contract import (
+from quantry.contract import JobRequest, JobSpec, Limits
+from quantry.jobs import (
     FINISHED,
     MOVES,
     RUNNING,
     Cancelled,
-    CostReport,
     Failed,
     JobError,
-    JobRequest,
-    JobSpec,
-    Limits,
-    Loader,
-    Manifest,
     Outcome,
     Progress,
     Rejected,
-    Report,
-    SizeReport,
     State,
     Succeeded,
 )
+from quantry.reports import CostReport, Loader, Manifest, Report, SizeReport
 
 OWNER = "owner"
 LEASE = timedelta(seconds=60)

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from quantry.contract import Manifest
 from quantry.families import Family, family_of
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight, quantize_to_grid
+from quantry.reports import Manifest
 from worker.export import export
 
 _SMALL = {"vocab_size": 67, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}

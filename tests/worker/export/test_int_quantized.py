@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from quantry.contract import RtnStep, SmoothquantStep
 from quantry.layers.operands import attach, detach_all
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedLayer
+from quantry.recipe import RtnStep, SmoothquantStep
 from worker.errors import ExportError
 from worker.export.formats import Provenance
 from worker.export.int_quantized import IntQuantized

@@ -7,19 +7,18 @@ from pathlib import Path
 
 import pytest
 
-from quantry.contract import (
+from quantry.recipe import (
     AdalogStep,
     BiasCompensationStep,
     IgqStep,
     Ptq4vitStep,
-    QualityRow,
     RepqStep,
     RtnStep,
-    SizeReport,
     SoftmaxBiasStep,
     Step,
     UniformStep,
 )
+from quantry.reports import QualityRow, SizeReport
 from worker.export import write_model_card
 
 SIZE = SizeReport(fp_bytes=1000, quantized_bytes=250, effective_bits=4.02, quantized_weights=7)

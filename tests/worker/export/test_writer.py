@@ -18,7 +18,8 @@ from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from quantry.contract import BiasCompensationStep, GptqStep, Manifest, QualityRow, RtnStep, SizeReport
+from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep
+from quantry.reports import Manifest, QualityRow, SizeReport
 from worker.errors import DiskFull, ExportError
 from worker.export import write_manifest, write_model_card
 from worker.export.files import whole_or_nothing

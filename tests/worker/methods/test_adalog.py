@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantry.contract import AdalogStep, RtnStep
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.logarithmic import LogQuantizer
+from quantry.recipe import AdalogStep, RtnStep
 from worker.errors import NonFiniteError
 from worker.methods import adalog
 from worker.methods.activations import Images, observe, quantized

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import RtnStep
+from quantry.recipe import RtnStep
 from worker.methods.bias_compensation import channel_bias, position_bias
 from worker.methods.rtn import rtn
 

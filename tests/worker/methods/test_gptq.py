@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantry.contract import GptqStep, RtnStep
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.recipe import GptqStep, RtnStep
 from worker.calibration.statistics import InputStatistics
 from worker.errors import CalibrationError
 from worker.methods.gptq import Columns, descend, factorize, gptq, shifted_target, sweep

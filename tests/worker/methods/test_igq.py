@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantry.contract import IgqStep, RtnStep
 from quantry.layers.operands import attached
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
+from quantry.recipe import IgqStep, RtnStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.methods.activations import Images, quantized
 from worker.methods.bops import AXES, count, model_products

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantry.contract import GptqStep, Ptq4vitStep, RtnStep
 from quantry.layers.operands import attached
 from quantry.quantizers.twin import TwinGelu, TwinSoftmax
+from quantry.recipe import GptqStep, Ptq4vitStep, RtnStep
 from worker.errors import CalibrationError, RecipeError
 from worker.methods import ptq4vit
 from worker.methods.activations import Images, quantized

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import RepqStep, RtnStep
 from quantry.quantizers.activation import UniformQuantizer
 from quantry.quantizers.logarithmic import LogQuantizer
+from quantry.recipe import RepqStep, RtnStep
 from worker.errors import NonFiniteError
 from worker.methods import repq
 from worker.methods.activations import Images, quantized

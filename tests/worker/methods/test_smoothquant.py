@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from quantry.contract import SmoothquantStep
 from quantry.families import FAMILIES
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import TokenQuantizer, UniformQuantizer
+from quantry.recipe import SmoothquantStep
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.smoothquant import (
     FLOOR,

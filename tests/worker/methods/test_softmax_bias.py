@@ -13,7 +13,6 @@ from transformers import AutoModelForCausalLM, SwinConfig, ViTConfig
 from transformers.models.swin.modeling_swin import SwinForImageClassification
 from transformers.models.vit.modeling_vit import ViTForImageClassification
 
-from quantry.contract import SoftmaxBiasStep
 from quantry.layers.operands import (
     CLOSED,
     attach,
@@ -23,6 +22,7 @@ from quantry.layers.operands import (
     watch_probabilities,
 )
 from quantry.quantizers.activation import UniformQuantizer
+from quantry.recipe import SoftmaxBiasStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.methods.softmax_bias import SoftmaxStatistics, correct_softmax, unit_grid
 from worker.models.calls import BlockCall, run_block

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantry.contract import RtnStep, UniformStep
 from quantry.quantizers.activation import TokenQuantizer, UniformQuantizer
+from quantry.recipe import RtnStep, UniformStep
 from worker.errors import CalibrationError, NonFiniteError
 from worker.methods.activations import Images, observe, quantized
 from worker.methods.uniform import BINS, SHRINKS, calibrate, mse_range, percentile_range, ranges_of

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from quantry.contract import (
+from quantry.contract import JobRequest
+from quantry.reports import (
     BitOperations,
     BlockReport,
     CostReport,
-    JobRequest,
     LayerReport,
     OperandReport,
     QualityRow,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from quantry.contract import LayerReport, QualityRow, Report
+from quantry.reports import LayerReport, QualityRow, Report
 from worker.errors import ExportError
 from worker.report import write_report
 from worker.report.page import quality_lines, render

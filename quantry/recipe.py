@@ -1,0 +1,196 @@
+"""The steps of a job: what each method can be told, and in which order they may stand."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from quantry.base import Bits, Model, SpecError
+
+
+class WeightGrid(Model):
+    """The grid of a weight-only step; shared by the steps that quantize weights."""
+
+    bits: Bits
+    group_size: int | None = Field(
+        None, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
+    )
+    symmetric: bool = True
+
+
+class RtnStep(WeightGrid):
+    """Round to nearest: each weight to the nearest point of its grid, no calibration data."""
+
+    method: Literal["rtn"] = "rtn"
+    clip: Literal["none", "mse"] = Field(
+        "none", description="mse: shrink each range to the least squared error"
+    )
+
+
+class GptqStep(WeightGrid):
+    """GPTQ (Frantar et al. 2022, arXiv:2210.17323), with the improvements that methods since then agree on."""
+
+    method: Literal["gptq"] = "gptq"
+    clip: Literal["none", "mse"] = Field("mse", description="mse: search each range, weighted by the Hessian")
+    act_order: Literal["static", "none"] = Field(
+        "static", description="static: largest Hessian diagonal first"
+    )
+    target: Literal["asymmetric", "plain"] = Field(
+        "asymmetric", description="asymmetric: reproduce the float layer's output from quantized inputs"
+    )
+    target_strength: float = Field(
+        0.75,
+        ge=0,
+        le=1,
+        description="share of the asymmetric shift that is applied; less than 1 overfits less",
+    )
+    damping: float = Field(0.01, gt=0, le=1, description="added to H, as a share of its mean diagonal")
+    true_sequential: bool = Field(True, description="inside a block, later layers see earlier ones quantized")
+    refinement: int | None = Field(
+        None,
+        ge=0,
+        le=16,
+        description="passes of scale refit and coordinate descent after the sweep; 0: classic GPTQ; "
+        "null: 2 at 2 bits, else 1",
+    )
+
+    @property
+    def passes(self) -> int:
+        """Refinement passes, with the default filled in."""
+        return self.refinement if self.refinement is not None else (2 if self.bits == 2 else 1)
+
+
+class BiasCompensationStep(Model):
+    """Bias compensation (Gong et al. 2024, arXiv:2404.01892): the mean output error moves into a bias."""
+
+    method: Literal["bias_compensation"] = "bias_compensation"
+    granularity: Literal["channel", "position_channel"] = Field(
+        "channel", description="channel: merged, free; position_channel: as published, one bias per position"
+    )
+    targets: Literal["sequential", "published"] = Field(
+        "sequential", description="sequential: inputs the quantized network sees; published: float inputs"
+    )
+
+
+class ActivationGrid(Model):
+    """Shared by the steps that quantize activations: every linear input, Q, K, V and the softmax output."""
+
+    bits: Bits
+    softmax_bits: Bits | None = Field(None, description="of the attention probabilities; null: as `bits`")
+
+
+class UniformStep(ActivationGrid):
+    """Uniform asymmetric grids on every activation, static per tensor or dynamic per token."""
+
+    method: Literal["uniform"] = "uniform"
+    granularity: Literal["tensor", "token"] = Field(
+        "tensor", description="tensor: one static scale; token: a scale for each token, found when it runs"
+    )
+    range: Literal["min_max", "percentile", "mse"] = Field(
+        "min_max", description="tensor: how the static range is chosen"
+    )
+
+
+class Ptq4vitStep(ActivationGrid):
+    """PTQ4ViT (Yuan et al. 2022, arXiv:2111.12293): twin uniform grids, scales searched under the Fisher metric."""
+
+    method: Literal["ptq4vit"] = "ptq4vit"
+    twin: Literal["nearest", "sum"] = Field(
+        "nearest", description="nearest: the closest point of both grids; sum: the published form"
+    )
+    metric: Literal["fisher", "mse"] = Field(
+        "fisher", description="fisher: squared gradients of sampled labels weight the output error"
+    )
+    candidates: int = Field(100, ge=2, le=1000, description="scales tried in a search")
+    rounds: int = Field(3, ge=1, le=10, description="alternations between weight and input scales")
+
+
+class RepqStep(ActivationGrid):
+    """RepQ-ViT (Li et al. 2023, arXiv:2212.08254): channel scales after LayerNorm, folded into one; log softmax."""
+
+    method: Literal["repq"] = "repq"
+
+
+class AdalogStep(ActivationGrid):
+    """AdaLog (Wu et al. 2024): logarithmic grids of searched base for softmax and shifted GELU outputs."""
+
+    method: Literal["adalog"] = "adalog"
+    candidates: int = Field(128, ge=2, le=1024, description="scales and bases tried in a search")
+    rounds: int = Field(3, ge=1, le=10)
+
+
+class IgqStep(ActivationGrid):
+    """IGQ-ViT (Moon et al. 2024, arXiv:2404.00928): each image assigns its channels and rows to groups."""
+
+    method: Literal["igq"] = "igq"
+    groups: int = Field(
+        8, ge=1, le=64, description="quantizers a layer: of all layers, or on average where allocated"
+    )
+    allocation: Literal["uniform", "ilp"] = Field(
+        "uniform",
+        description="ilp: group counts by layer, by integer programming under the same bit operations",
+    )
+    iterations: int = Field(30, ge=1, le=200, description="alternations of assignment and bounds")
+
+
+class SmoothquantStep(Model):
+    """SmoothQuant (Xiao et al. 2022, arXiv:2211.10438): move outliers into the weights, then quantize both."""
+
+    method: Literal["smoothquant"] = "smoothquant"
+    bits: Bits = 8
+    alpha: float = Field(0.5, ge=0, le=1, description="share of an outlier that moves into the weights")
+    granularity: Literal["tensor", "token"] = Field(
+        "token", description="token: dynamic scales; tensor: one static scale"
+    )
+
+
+class SoftmaxBiasStep(Model):
+    """Softmax bias correction (Pandey et al. 2023, arXiv:2309.01729): give the probabilities their lost mass back."""
+
+    method: Literal["softmax_bias"] = "softmax_bias"
+    bits: Bits = Field(8, description="of the probabilities, where no activation step quantizes them")
+    granularity: Literal["tensor", "head"] = "head"
+    range: Literal["unit", "max"] = Field(
+        "unit", description="unit: the grid covers [0, 1]; max: the largest probability seen"
+    )
+
+
+WeightStep = RtnStep | GptqStep
+ActivationStep = UniformStep | Ptq4vitStep | RepqStep | AdalogStep | IgqStep | SmoothquantStep
+CorrectionStep = BiasCompensationStep | SoftmaxBiasStep
+Step = Annotated[WeightStep | ActivationStep | CorrectionStep, Field(discriminator="method")]
+WEIGHT_METHODS = ("rtn", "gptq")
+ACTIVATION_METHODS = ("uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant")
+CORRECTION_METHODS = ("bias_compensation", "softmax_bias")
+
+
+def check_recipe(recipe: tuple[Step, ...]) -> None:
+    """One weight step, first; then at most one activation step; then each correction at most once.
+
+    Raises SpecError.
+    """
+    if recipe[0].method not in WEIGHT_METHODS:
+        raise SpecError(
+            "recipe.0",
+            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn` or `gptq` before it",
+        )
+    seen: list[str] = []
+    for index, step in enumerate(recipe):
+        path = f"recipe.{index}"
+        if index and step.method in WEIGHT_METHODS:
+            raise SpecError(path, f"a second weight step; `{recipe[0].method}` already quantizes the weights")
+        if step.method in seen:
+            raise SpecError(path, f"`{step.method}` stands twice")
+        if step.method in ACTIVATION_METHODS:
+            before = next((name for name in seen if name not in WEIGHT_METHODS), None)
+            if before in ACTIVATION_METHODS:
+                raise SpecError(path, f"a second activation step; `{before}` already quantizes them")
+            if before is not None:
+                raise SpecError(path, f"`{before}` corrects what `{step.method}` does: put it after")
+        seen.append(step.method)
+
+
+def dividing_group_sizes(columns: int) -> list[int]:
+    """The usual group sizes that divide `columns`, largest first."""
+    return [size for size in (1024, 512, 256, 128, 96, 64, 48, 32, 16, 8) if columns % size == 0]

@@ -1,0 +1,173 @@
+"""What comes back: the plan of a dry run, the report of a job, the manifest of its files.
+
+Sizes are bytes, durations seconds.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field
+
+from quantry.base import Model
+from quantry.contract import JobSpec
+
+
+class QualityRow(Model):
+    """One metric for full precision, round-to-nearest at the same bits, and the job's result."""
+
+    metric: str
+    dataset: str
+    samples: int
+    fp: float | None = None
+    rtn: float | None = None
+    quantized: float | None = None
+
+
+class FileEntry(Model):
+    path: str
+    bytes: int
+    sha256: str
+
+
+class Loader(Model):
+    """How to load the artifact: the package to install and the lines to run."""
+
+    package: str
+    version: str
+    snippet: str
+
+
+class Manifest(Model):
+    """`manifest.json`: every file of the artifact with its digest (but the manifest itself)."""
+
+    job: str | None
+    format: str
+    loader: Loader
+    files: tuple[FileEntry, ...]
+
+
+class LayerReport(Model):
+    """The output error of one layer in the quantized network, against the float network, on held-out windows.
+
+    Without an evaluation nothing is held out and the errors are null.
+    """
+
+    name: str
+    bits: int
+    group_size: int | None
+    relative_mse: float | None = None
+    relative_mse_rtn: float | None = None
+    sqnr_db: float | None = None
+    mean_error_before: float | None = Field(
+        None, description="rms over channels of the mean output error, before compensation"
+    )
+    mean_error_after: float | None = None
+    damping: float | None = Field(
+        None, description="share of the mean diagonal that made the Hessian positive definite"
+    )
+    warnings: tuple[str, ...] = ()
+
+
+class BlockReport(Model):
+    """Error of the residual stream after one block, against the float network's.
+
+    relative_mse: on the calibration windows. relative_mse_evaluation, relative_mse_rtn: on the evaluation
+    windows. mean_error: rms over channels of the mean error. Null where nothing was measured.
+    """
+
+    index: int
+    relative_mse: float | None = None
+    relative_mse_evaluation: float | None = None
+    relative_mse_rtn: float | None = None
+    mean_error: float | None = None
+    seconds: float
+
+
+class OperandReport(Model):
+    """One quantized activation: its place, what it is, its grid, and its error on the calibration data.
+
+    kind: image, post_norm, attention_output, post_activation, head_input, query, key, value, probabilities; input in a
+    language model.
+    row_sum_before, row_sum_after: mean sum of a row of probabilities, without and with the softmax correction.
+    """
+
+    name: str
+    kind: str
+    bits: int
+    quantizer: str
+    sqnr_db: float | None = None
+    row_sum_before: float | None = None
+    row_sum_after: float | None = None
+
+
+class BitOperations(Model):
+    """Bit operations of one forward: `base` with static grids, `overhead` of what is found at run time."""
+
+    base: float
+    overhead: float
+
+
+class SizeReport(Model):
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float = Field(
+        description="per quantized weight, with scales, zero-points and added biases"
+    )
+    quantized_weights: int
+    added_bias_bytes: int = 0
+
+
+class CostReport(Model):
+    wall_s: float
+    cpu_s: float
+    peak_rss_bytes: int
+    peak_device_bytes: int | None = None
+    quantize_wall_s: float | None = Field(None, description="the block sweep without its evaluation streams")
+    quantize_cpu_s: float | None = None
+
+
+class LayerPlan(Model):
+    """What a dry run says of one layer."""
+
+    name: str
+    shape: tuple[int, int]
+    quantized: bool
+    reason: str | None = None
+
+
+class Estimate(Model):
+    """A dry run from the config and the safetensors headers: nothing is loaded, nothing is computed."""
+
+    spec: JobSpec
+    format: str
+    architecture: str
+    parameters: int
+    layers: tuple[LayerPlan, ...]
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float
+    peak_memory_bytes: int
+    seconds_low: float
+    seconds_high: float
+    warnings: tuple[str, ...] = ()
+
+
+class Report(Model):
+    """`report.json`: the proof that comes with a checkpoint. `spec` is what was run, fully resolved."""
+
+    job: str | None = None
+    spec: JobSpec | None = None
+    quality: tuple[QualityRow, ...]
+    size: SizeReport
+    layers: tuple[LayerReport, ...]
+    blocks: tuple[BlockReport, ...]
+    operands: tuple[OperandReport, ...] = ()
+    bit_operations: BitOperations | None = None
+    cost: CostReport
+    estimate: dict[str, Any] = Field(default_factory=dict)
+    environment: dict[str, str]
+    fingerprint: str
+    format: str
+    warnings: tuple[str, ...] = ()
+    verification: dict[str, float | str] = Field(default_factory=dict)

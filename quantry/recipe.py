@@ -8,6 +8,8 @@ from pydantic import Field
 
 from quantry.base import Bits, Model, SpecError
 
+Clip = Literal["none", "mse", "percentile"]
+
 
 class WeightGrid(Model):
     """The grid of a weight-only step; shared by the steps that quantize weights."""
@@ -17,14 +19,29 @@ class WeightGrid(Model):
         None, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
     )
     symmetric: bool = True
+    clip: Clip = "none"
+    percentile: float | None = Field(
+        None,
+        gt=50,
+        le=100,
+        description="clip percentile: each range ends at this percentile of its weights and starts at 100 minus "
+        "it; null: 99.9",
+    )
+
+    @property
+    def upper_percentile(self) -> float:
+        """The percentile that a range ends at, with the default filled in."""
+        return 99.9 if self.percentile is None else self.percentile
 
 
 class RtnStep(WeightGrid):
     """Round to nearest: each weight to the nearest point of its grid, no calibration data."""
 
     method: Literal["rtn"] = "rtn"
-    clip: Literal["none", "mse"] = Field(
-        "none", description="mse: shrink each range to the least squared error"
+    clip: Clip = Field(
+        "none",
+        description="none: min-max, the whole range; mse: shrink each range to the least squared error; "
+        "percentile: leave the outermost weights out",
     )
 
 
@@ -32,7 +49,11 @@ class GptqStep(WeightGrid):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323), with the improvements that methods since then agree on."""
 
     method: Literal["gptq"] = "gptq"
-    clip: Literal["none", "mse"] = Field("mse", description="mse: search each range, weighted by the Hessian")
+    clip: Clip = Field(
+        "mse",
+        description="none: min-max, the whole range; mse: search each range, weighted by the Hessian; "
+        "percentile: leave the outermost weights out",
+    )
     act_order: Literal["static", "none"] = Field(
         "static", description="static: largest Hessian diagonal first"
     )
@@ -168,7 +189,7 @@ CORRECTION_METHODS = ("bias_compensation", "softmax_bias")
 def check_recipe(recipe: tuple[Step, ...]) -> None:
     """One weight step, first; then at most one activation step; then each correction at most once.
 
-    Raises SpecError.
+    Raises SpecError, also for a setting that the step would not look at.
     """
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(
@@ -182,6 +203,10 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
             raise SpecError(path, f"a second weight step; `{recipe[0].method}` already quantizes the weights")
         if step.method in seen:
             raise SpecError(path, f"`{step.method}` stands twice")
+        if isinstance(step, WeightGrid) and step.percentile is not None and step.clip != "percentile":
+            raise SpecError(
+                f"{path}.percentile", f"clip is `{step.clip}`: set clip to `percentile`, or leave this out"
+            )
         if step.method in ACTIVATION_METHODS:
             before = next((name for name in seen if name not in WEIGHT_METHODS), None)
             if before in ACTIVATION_METHODS:

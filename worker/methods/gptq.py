@@ -20,7 +20,7 @@ from quantry.quantizers.affine import QuantizedWeight
 from quantry.recipe import GptqStep
 from worker.calibration.statistics import InputStatistics
 from worker.errors import CalibrationError
-from worker.methods.grids import Grid, clipped_grid, minmax_grid, store_scale
+from worker.methods.grids import Grid, fit_grid, store_scale
 from worker.methods.rtn import by_group, on_grid
 from worker.methods.triangular import invert_upper, times_transpose, times_upper
 
@@ -133,12 +133,10 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
 
 def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
     grouped = by_group(w, step.group_size)
-    if step.clip == "none":
-        return minmax_grid(grouped, step.bits, symmetric=step.symmetric)
     weight = diagonal.clamp(min=0).view(grouped.shape[1:])
     weight = weight / weight.mean(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
     steps = REFINED_STEPS if step.passes else 2 * REFINED_STEPS
-    return clipped_grid(grouped, step.bits, symmetric=step.symmetric, weight=weight, steps=steps)
+    return fit_grid(grouped, step, weight=weight, steps=steps)
 
 
 @dataclass(frozen=True)

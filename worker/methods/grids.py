@@ -1,6 +1,7 @@
 """Where the grid of a weight lies: the range of each row or group, whole or clipped.
 
 Clip search as in GPTQ's `mse` option (Frantar et al. 2022), with the error of column j weighted by H_jj.
+Percentile ranges as IGQ-ViT takes them for its weights (Moon et al. 2024, supplement A.1).
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from quantry.recipe import WeightGrid
 
 CHUNK = 1 << 17  # weights searched at once: a few copies of them stay in the processor's cache
 
@@ -32,10 +35,35 @@ def store_scale(scale: Tensor) -> Tensor:
     return torch.where(scale < 0, -magnitude, magnitude).half().float()
 
 
+def fit_grid(w: Tensor, step: WeightGrid, *, weight: Tensor | None = None, steps: int = 24) -> Grid:
+    """The grid that a step's `clip` asks for. w: (rows, groups, columns of a group).
+
+    weight, steps: of the search for the least squared error, see `clipped_grid`; the others do not look at them.
+    """
+    if step.clip == "mse":
+        return clipped_grid(w, step.bits, symmetric=step.symmetric, weight=weight, steps=steps)
+    if step.clip == "percentile":
+        return percentile_grid(w, step.bits, symmetric=step.symmetric, percentile=step.upper_percentile)
+    return minmax_grid(w, step.bits, symmetric=step.symmetric)
+
+
 def minmax_grid(w: Tensor, bits: int, *, symmetric: bool) -> Grid:
     """The grid that covers every value. w: (rows, groups, columns of a group)."""
     low, high = w.amin(-1).clamp(max=0), w.amax(-1).clamp(min=0)
     return _grid(low, high, bits, symmetric)
+
+
+def percentile_grid(w: Tensor, bits: int, *, symmetric: bool, percentile: float) -> Grid:
+    """The grid that covers each group from its (100 - percentile)-th to its percentile-th percentile, and 0.
+
+    w: (rows, groups, columns of a group). percentile: above 50, at most 100; between two weights it is
+    interpolated. What lies beyond is rounded to the ends of the grid.
+    """
+    shares = torch.tensor([(100 - percentile) / 100, percentile / 100], dtype=w.dtype, device=w.device)
+    rows = max(1, CHUNK // w[0].numel())
+    parts = [torch.quantile(part, shares, dim=-1) for part in torch.split(w, rows)]
+    low, high = torch.cat(parts, dim=1)
+    return _grid(low.clamp(max=0), high.clamp(min=0), bits, symmetric)
 
 
 def _grid(low: Tensor, high: Tensor, bits: int, symmetric: bool) -> Grid:

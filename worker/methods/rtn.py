@@ -6,14 +6,12 @@ from torch import Tensor
 
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
 from quantry.recipe import RtnStep
-from worker.methods.grids import Grid, clipped_grid, minmax_grid
+from worker.methods.grids import Grid, fit_grid
 
 
 def rtn(w: Tensor, step: RtnStep) -> QuantizedWeight:
     """Quantize w (out, in) float32 to the step's grid."""
-    grouped = by_group(w, step.group_size)
-    fit = clipped_grid if step.clip == "mse" else minmax_grid
-    grid = fit(grouped, step.bits, symmetric=step.symmetric)
+    grid = fit_grid(by_group(w, step.group_size), step)
     return on_grid(quantize_to_grid(w, grid.scale, grid.zero_point, grid.bits), grid, step.group_size)
 
 

@@ -1,0 +1,147 @@
+"""Activation quantizers whose grid depends on the step, and whose step size can be trained.
+
+x ~ scale * (clip(round(x / scale) + zero_point, 0, 2**bits - 1) - zero_point), with the gradient of Esser et al.,
+"Learned Step Size Quantization", 2020, arXiv:1902.08153. A grid a time step for what depends on nothing else:
+Huang et al., "TFMQ-DM", 2024, arXiv:2311.16503.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantry.layers.operands import attach, attached
+from worker.diffusion.steps import Step
+
+SMALLEST = 1e-8  # of a step size: what is always 0 needs none
+
+
+class StepQuantizer(nn.Module):
+    """A table of per-tensor grids: a row for every `steps_per_row` steps, a column for each half of the channels.
+
+    scale: (rows, halves) float32, held as its logarithm, so that it stays positive and a learning rate is
+    relative. zero_point: (rows, halves) float32, integers. `index` is the present step. split: channels of the
+    halves of a tensor (batch, channels, ...). The input of a layer that sees only the timestep is the same for
+    a whole batch and needs no more than a row a step.
+    """
+
+    def __init__(
+        self,
+        bits: int,
+        scale: Tensor,
+        zero_point: Tensor,
+        *,
+        steps_per_row: int,
+        split: tuple[int, int] | None = None,
+    ) -> None:
+        super().__init__()
+        assert scale.shape == zero_point.shape == (len(scale), 1 if split is None else 2)
+        self.bits, self.steps_per_row, self.split = bits, steps_per_row, split
+        self.log_scale = nn.Parameter(scale.float().clamp(min=SMALLEST).log(), requires_grad=False)
+        self.register_buffer("zero_point", zero_point.float())
+        self.index = 0
+
+    zero_point: Tensor
+
+    @property
+    def scale(self) -> Tensor:
+        return self.log_scale.exp()
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = self.index // self.steps_per_row
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        scale, zero = self.log_scale[row].to(dtype).exp(), self.zero_point[row].to(dtype)
+        parts = channel_halves(x, self.split)
+        moved = [
+            fake_quantize(part.to(dtype), scale[half], zero[half], self.bits).to(x.dtype)
+            for half, part in enumerate(parts)
+        ]
+        return moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)
+
+    def extra_repr(self) -> str:
+        return f"bits={self.bits}, rows={len(self.zero_point)}, split={self.split}"
+
+
+def channel_halves(x: Tensor, split: tuple[int, int] | None) -> tuple[Tensor, ...]:
+    """The deep and the skip half of x (batch, channels, ...); all of it where nothing was concatenated."""
+    return (x,) if split is None else torch.split(x, list(split), dim=1)
+
+
+def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
+    """The nearest grid point of every value, in x's shape; scale and zero_point () in x's dtype. Differentiable."""
+    moved: Tensor = _FakeQuantize.apply(x, scale, zero_point, 2**bits - 1)  # type: ignore[no-untyped-call]
+    return moved
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """The nearest point of a grid, in x's shape. Keeps x and nothing else for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, qmax: int) -> Tensor:
+        ctx.save_for_backward(x, scale, zero)
+        ctx.qmax = qmax
+        return (x / scale).round_().add_(zero).clamp_(0, qmax).sub_(zero).mul_(scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        (grad,) = grads
+        x, scale, zero = ctx.saved_tensors
+        steps = x / scale
+        nearest = steps.round()
+        code = nearest + zero
+        inside = (code >= 0) & (code <= ctx.qmax)
+        by_scale = None
+        if ctx.needs_input_grad[1]:
+            change = torch.where(inside, nearest - steps, code.clamp_(0, ctx.qmax) - zero)
+            by_scale = (grad * change).sum()
+        return grad * inside if ctx.needs_input_grad[0] else None, by_scale, None, None
+
+
+class StepNetwork:
+    """A UNet2DModel as a denoiser: tells the network its timestep, and its quantizers the step.
+
+    Weights and quantizers may change at any time; quantizers attached afterwards are not told the step.
+    """
+
+    def __init__(self, unet: Any, steps: tuple[Step, ...]) -> None:
+        self.unet = unet
+        self.steps = steps
+        self.quantizers = {
+            name.removesuffix(".input"): quantizer
+            for name, quantizer in attached(unet)
+            if isinstance(quantizer, StepQuantizer)
+        }
+
+    def __call__(self, x: Tensor, index: int) -> Tensor:
+        for quantizer in self.quantizers.values():
+            quantizer.index = index
+        output: Tensor = self.unet(x, self.steps[index].timestep, return_dict=False)[0]
+        return output
+
+
+def attach_quantizers(unet: nn.Module, quantizers: Mapping[str, StepQuantizer]) -> None:
+    """Quantize the input of each named layer; `quantry.layers.operands.detach_all` takes them away again.
+
+    The quantizers move to the device of their layers.
+    """
+    for name, quantizer in quantizers.items():
+        device = unet.get_submodule(name).get_parameter("weight").device
+        attach(unet, f"{name}.input", quantizer.to(device))
+
+
+@contextmanager
+def trainable(quantizers: Iterable[StepQuantizer]) -> Iterator[list[nn.Parameter]]:
+    """Let the step sizes of these quantizers take gradients for the length of the block; yields them."""
+    parameters = [quantizer.log_scale for quantizer in quantizers]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        yield parameters
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+            parameter.grad = None

@@ -1,0 +1,115 @@
+"""Grids of activations from what is observed along trajectories: whole ranges, or searched ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quantry.quantizers.activation import UniformQuantizer
+from worker.diffusion.quantizers import StepNetwork, StepQuantizer, channel_halves
+from worker.diffusion.unet import UNetLayer
+from worker.errors import NonFiniteError
+from worker.methods.uniform import BINS, mse_range
+
+# Yields `(index, latents)` for every step, full-precision latents; called twice.
+Latents = Callable[[], Iterable[tuple[int, Tensor]]]
+Clip = Literal["none", "mse"]
+
+
+@torch.no_grad()
+def fit_quantizers(
+    network: StepNetwork,
+    layers: Sequence[UNetLayer],
+    latents: Latents,
+    *,
+    bits: Mapping[str, int],
+    steps_per_row: int,
+    clip: Clip = "mse",
+) -> dict[str, StepQuantizer]:
+    """A quantizer for the input of each layer, from what the network computes on `latents`.
+
+    Args:
+        network: without quantizers; its weights may be quantized already.
+        bits: by layer name.
+        steps_per_row: consecutive steps that share a grid. Time layers have one a step, over their whole range.
+        clip: cover all that was seen (`none`), or search the range of least squared error, which only inner,
+            first and last layers do.
+    Raises: NonFiniteError, naming the layer.
+    """
+    sites = [_Site(layer, len(network.steps), steps_per_row) for layer in layers]
+    _observe(network, sites, latents, _Site.see_range)
+    for site in sites:
+        site.check()
+    searched = [site for site in sites if clip == "mse" and site.layer.role != "time"]
+    if searched:
+        _observe(network, searched, latents, _Site.see_counts)
+    return {site.layer.name: site.quantizer(bits[site.layer.name]) for site in sites}
+
+
+class _Site:
+    """What is known of one layer's input: (rows, halves) ranges, and histograms over them."""
+
+    def __init__(self, layer: UNetLayer, steps: int, steps_per_row: int) -> None:
+        self.layer = layer
+        self.steps_per_row = 1 if layer.role == "time" else steps_per_row
+        shape = (-(-steps // self.steps_per_row), 2 if layer.split else 1)
+        self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
+        self.counts: Tensor | None = None
+
+    def see_range(self, index: int, x: Tensor) -> None:
+        row = index // self.steps_per_row
+        for half, part in enumerate(channel_halves(x, self.layer.split)):
+            low, high = part.float().aminmax()
+            self.low[row, half] = torch.minimum(self.low[row, half], low.cpu())
+            self.high[row, half] = torch.maximum(self.high[row, half], high.cpu())
+
+    def see_counts(self, index: int, x: Tensor) -> None:
+        if self.counts is None:
+            self.counts = torch.zeros(*self.low.shape, BINS, dtype=torch.float64)
+        row = index // self.steps_per_row
+        for half, part in enumerate(channel_halves(x, self.layer.split)):
+            low, high = self.low[row, half].item(), self.high[row, half].item()
+            self.counts[row, half] += torch.histc(part.float(), BINS, low, high).cpu()
+
+    def check(self) -> None:
+        if not (torch.isfinite(self.low).all() and torch.isfinite(self.high).all()):
+            raise NonFiniteError(
+                f"{self.layer.name}: its input holds NaN or infinity on the calibration samples"
+            )
+
+    def quantizer(self, bits: int) -> StepQuantizer:
+        low, high = self.low.clone(), self.high.clone()
+        if self.counts is not None:
+            for at in torch.cartesian_prod(*map(torch.arange, low.shape)).tolist():
+                key = tuple(at)
+                low[key], high[key] = mse_range(self.counts[key], low[key], high[key], bits=bits)
+        grid = UniformQuantizer.covering(low, high, bits)
+        return StepQuantizer(
+            bits, grid.scale, grid.zero_point, steps_per_row=self.steps_per_row, split=self.layer.split
+        )
+
+
+def _observe(
+    network: StepNetwork,
+    sites: Sequence[_Site],
+    latents: Latents,
+    see: Callable[[_Site, int, Tensor], None],
+) -> None:
+    """Run the network on all latents and show each site its layer's input."""
+    present = 0
+
+    def show(site: _Site, module: object, inputs: tuple[Tensor, ...]) -> None:
+        see(site, present, inputs[0])
+
+    with ExitStack() as hooks:
+        for site in sites:
+            module = network.unet.get_submodule(site.layer.name)
+            hooks.enter_context(module.register_forward_pre_hook(partial(show, site)))
+        for present, x in latents():
+            if present < len(network.steps):
+                network(x, present)

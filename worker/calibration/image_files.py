@@ -45,7 +45,8 @@ class ImageFiles:
                         raise DatasetError(
                             f"{where}: of mode {image.mode}, or transparent; save it as grey or RGB of 8 bits"
                         )
-                    return np.asarray(image.convert(_MODES[image.mode]))
+                    wanted = _MODES[image.mode]
+                    return np.asarray(image if image.mode == wanted else image.convert(wanted))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
             raise DatasetError(f"{where}: more than {Image.MAX_IMAGE_PIXELS} pixels") from error
         except (OSError, SyntaxError, ValueError) as error:

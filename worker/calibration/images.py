@@ -29,7 +29,8 @@ from worker.models.source import Role, dataset_path
 from worker.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
-PIXEL_BATCH = 64  # images that go through the processor together
+TOLD = 64  # images after which progress is told again
+Tell = Callable[[int, int], None]  # hears (done, total), of images
 ORDER_SEED = 7  # of the one order that labelled runs are shuffled into
 
 
@@ -115,11 +116,24 @@ def _arrays(path: Path, parts: Sequence[ImageArrays], name: str) -> ImageSet:
         raise DatasetError(f"{path.name}: train and test differ in the images' shape, or one has no labels")
     try:
         with np.load(path, allow_pickle=False) as arrays:
-            images = np.concatenate([arrays[part.images.name] for part in parts])
+            images = [arrays[part.images.name] for part in parts]
             labels = [arrays[part.labels.name].astype(np.int64) for part in parts if part.labels is not None]
     except (ValueError, zipfile.BadZipFile, EOFError) as error:
         raise DatasetError(f"{path.name} cannot be read: {error}") from error
-    return _in_order(name, images.__getitem__, len(images), np.concatenate(labels) if labels else None)
+    count = sum(len(part) for part in images)
+    return _in_order(name, _one_after_another(images), count, np.concatenate(labels) if labels else None)
+
+
+def _one_after_another(parts: Sequence[Array]) -> Callable[[int], Array]:
+    """Reads the images of several arrays by one number, without joining them: they may take most of the memory."""
+    ends = np.cumsum([len(part) for part in parts])
+
+    def read(index: int) -> Array:
+        part = int(np.searchsorted(ends, index, side="right"))
+        image: Array = parts[part][index - ends[part]]  # negative: counted from the part's end
+        return image
+
+    return read
 
 
 def _read_files(path: Path, name: str) -> ImageSet:
@@ -177,10 +191,23 @@ def check_labels(images: ImageSet, classes: int, role: Role) -> None:
         )
 
 
-def overlap(calibration: ImageSet, evaluation: ImageSet) -> float:
-    """The share of the evaluation's images that calibration has too, pixel for pixel."""
-    seen = {_digest(image) for image in calibration}
-    return sum(_digest(image) in seen for image in evaluation) / len(evaluation)
+def overlap(calibration: ImageSet, evaluation: ImageSet, tell: Tell = lambda done, total: None) -> float:
+    """The share of the evaluation's images that calibration has too, pixel for pixel.
+
+    Every image is decoded; `tell` hears how many of both sets are done.
+    """
+    first, total = len(calibration), len(calibration) + len(evaluation)
+    seen = {_digest(calibration[index]) for index in _told(first, tell, 0, total)}
+    again = [_digest(evaluation[index]) in seen for index in _told(len(evaluation), tell, first, total)]
+    return sum(again) / len(again)
+
+
+def _told(count: int, tell: Tell, before: int, total: int) -> Iterator[int]:
+    """0, 1, ... below `count`; `tell` hears of every TOLD that are done and of the last, after `before` others."""
+    for index in range(count):
+        yield index
+        if (index + 1) % TOLD == 0 or index + 1 == count:
+            tell(before + index + 1, total)
 
 
 def _digest(image: Array) -> bytes:
@@ -188,22 +215,27 @@ def _digest(image: Array) -> bytes:
     return hashlib.sha256(f"{squeezed.shape}".encode() + squeezed.tobytes()).digest()
 
 
-def pixels(images: ImageSet, folder: Path, channels: int) -> Tensor:
+def pixels(
+    images: ImageSet, folder: Path, channels: int, tell: Tell = lambda done, total: None
+) -> Tensor:
     """What the network takes, by the image processor of the checkpoint `folder`: (N, channels, H, W) float32.
 
-    Grey images are repeated for a network of three channels.
+    Grey images are repeated for a network of three channels. Images are decoded and processed one by one: no
+    more than one of full size is held. `tell` hears how many are done.
     Raises: ModelError without a usable processor, DatasetError for an image that does not fit.
     """
     processor = _processor(folder)
     out: Tensor | None = None
-    for start in range(0, len(images), PIXEL_BATCH):
-        where = range(start, min(start + PIXEL_BATCH, len(images)))
-        batch = _processed(processor, [_channels(images, i, channels) for i in where], images.name, folder)
+    for index in _told(len(images), tell, 0, len(images)):
+        made = _processed(processor, _channels(images, index, channels), images.name, folder)
         if out is None:
-            out = torch.empty(len(images), *batch.shape[1:])
-        if batch.shape[1:] != out.shape[1:]:
-            raise _different_sizes(images.name, folder)
-        out[start : start + len(batch)] = batch
+            out = torch.empty(len(images), *made.shape)
+        if made.shape != out.shape[1:]:
+            raise DatasetError(
+                f"{images.name} has images of several sizes, and {folder.name}/preprocessor_config.json does not "
+                "bring them to one"
+            )
+        out[index] = made
     if out is None:
         raise DatasetError(f"{images.name} holds no image")
     return out
@@ -238,20 +270,13 @@ def _channels(images: ImageSet, index: int, channels: int) -> Array:
     return image
 
 
-def _processed(processor: Any, batch: list[Array], name: str, folder: Path) -> Tensor:
+def _processed(processor: Any, image: Array, name: str, folder: Path) -> Tensor:
+    """One image (H, W, channels) by the image processor: (channels, H, W) float32. Raises ModelError."""
     try:
-        made = processor(batch, return_tensors="pt", input_data_format="channels_last")["pixel_values"]
+        made = processor([image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     except (ValueError, TypeError, KeyError) as error:
-        if len({image.shape for image in batch}) > 1 and "tensor" in str(error):
-            raise _different_sizes(name, folder) from error
         raise ModelError(
             f"{folder.name}/preprocessor_config.json cannot process {name}: {str(error).splitlines()[0]}"
         ) from error
-    values: Tensor = made.float()
+    values: Tensor = made[0].float()
     return values
-
-
-def _different_sizes(name: str, folder: Path) -> DatasetError:
-    return DatasetError(
-        f"{name} has images of several sizes, and {folder.name}/preprocessor_config.json does not bring them to one"
-    )

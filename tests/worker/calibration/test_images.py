@@ -2,6 +2,8 @@
 
 import json
 import struct
+import tracemalloc
+import weakref
 import zipfile
 import zlib
 from pathlib import Path
@@ -388,6 +390,26 @@ def test_overlap_is_found_over_sources_and_layouts(workspace: Workspace) -> None
     assert overlap(parts[1].take(range(15, 20)), files) == 0
 
 
+def test_both_sides_of_the_comparison_are_told(workspace: Workspace) -> None:
+    save(workspace, "x.npz", images=np.concatenate([GREY, COLOUR[..., 0], COLOUR[..., 1]]))
+    images = load_images(local("x.npz", split="all"), "calibration", workspace)
+    told: list[tuple[int, int]] = []
+    overlap(images.take(range(100)), images.take(range(70)), lambda done, total: told.append((done, total)))
+    assert told == [(64, 170), (100, 170), (164, 170), (170, 170)]
+
+
+@pytest.mark.parametrize("arrays", [("images",), ("x_train", "x_test")])
+def test_an_array_is_not_copied_when_it_was_read(arrays: tuple[str, ...], workspace: Workspace) -> None:
+    part = np.zeros((8_000_000 // len(arrays) // 400, 20, 20), np.uint8)
+    save(workspace, "x.npz", **dict.fromkeys(arrays, part))
+    tracemalloc.start()
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(images) * 400 == 8_000_000
+    assert peak < 1.2 * 8_000_000
+
+
 def processor(folder: Path, **changes: Any) -> Path:
     known = json.loads((bundled_model("bundled/vit-tiny") / "preprocessor_config.json").read_text())
     folder.mkdir()
@@ -418,6 +440,32 @@ def test_images_of_any_size_are_brought_to_one(workspace: Workspace, tmp_path: P
     assert pixels(images, processor(tmp_path / "m", **means), 3).shape == (3, 3, 16, 16)
     with pytest.raises(DatasetError, match=r"images of several sizes, and n/preprocessor_config.json"):
         pixels(images, processor(tmp_path / "n", do_resize=False, **means), 3)
+
+
+def test_one_photo_is_held_at_a_time(tmp_path: Path) -> None:
+    held = most = 0
+
+    def freed() -> None:
+        nonlocal held
+        held -= 1
+
+    def read(index: int) -> np.ndarray:
+        nonlocal held, most
+        photo = np.full((300, 400, 3), index, np.uint8)
+        weakref.finalize(photo, freed)
+        held += 1
+        most = max(most, held)
+        return photo
+
+    photos = ImageSet("photos", read, np.arange(70), None)
+    told: list[tuple[int, int]] = []
+    folder = processor(tmp_path / "m", image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    found = pixels(photos, folder, 3, lambda done, total: told.append((done, total)))
+    assert most == 1
+    assert told == [(64, 70), (70, 70)]
+    torch.testing.assert_close(found[:, 0, 0, 0], torch.arange(70) / 127.5 - 1, atol=1e-6, rtol=0)
+    assert overlap(photos.take(range(5)), photos) == 5 / 70
+    assert most == 1
 
 
 def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -> None:

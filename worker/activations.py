@@ -78,15 +78,19 @@ def _activation_step(
     """The step's own result, and the min-max baseline on a network that no method has rewritten."""
     step = spec.activation_step
     assert step is not None
-    progress.stage(State.CALIBRATING, f"activations: {step.method}", 0, 1)
 
-    def images(tell: Callable[[int, int], None]) -> Images:
-        return Images(pixels, spec.calibration.seed, spec.weight_step, tell)
+    def images(method: str) -> Images:
+        progress.stage(State.CALIBRATING, f"activations: {method}")
+
+        def begin(what: str) -> None:
+            progress.stage(State.CALIBRATING, f"activations: {method}, {what}")
+
+        return Images(pixels, spec.calibration.seed, spec.weight_step, progress.advance, begin)
 
     untouched = VisionModel(model.folder, device=model.device)
     plain = UniformStep(bits=step.bits, softmax_bits=getattr(step, "softmax_bits", None))
-    nearest = uniform.calibrate(untouched, images(lambda done, total: None), plain)
-    found = ACTIVATION_STEPS[type(step)](model, images(progress.advance), step)
+    nearest = uniform.calibrate(untouched, images("round to nearest"), plain)
+    found = ACTIVATION_STEPS[type(step)](model, images(step.method), step)
     return found, untouched, Dressing(_places(model, nearest.quantizers))
 
 

@@ -23,7 +23,6 @@ from quantry.costs import estimate
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
-from quantry.quantizers.grouped import GroupedQuantizer
 from quantry.reports import BitOperations, CostReport, Manifest, QualityRow, Report, SizeReport
 from quantry.vision_planning import VisionPlan, estimate_vision
 from worker.activations import Activations, calibrate_activations
@@ -258,14 +257,9 @@ def _bit_operations(job: Prepared, sweep: BlockSweep) -> BitOperations | None:
     if step is None or not isinstance(job.model, VisionModel):
         return None
     shape = None if job.calibration is None else tuple(job.calibration.shape[1:])
-    groups = {
-        name: quantizer.groups
-        for name, quantizer in sweep.dressing.quantizers.items()
-        if isinstance(quantizer, GroupedQuantizer)
-    }
     found = count(
         model_products(job.model, shape),
-        groups,
+        sweep.dressing.quantizers,
         weight_bits=job.spec.weight_step.bits,
         bits=step.bits,
         softmax_bits=getattr(step, "softmax_bits", None),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,9 @@ SMALL_MODEL = 20_000_000  # parameters; below, float32 costs nothing and keeps e
 class Prepared:
     """A job whose model and data are at hand and were checked.
 
-    calibration, evaluation: token windows, or pixels. dressing, nearest, chosen, operands: what the recipe's
-    activation step found, see `worker.sweep`.
+    calibration, evaluation: token windows (windows, length), or pixels (N, C, H, W); None where the recipe
+    or the spec needs none. judge: makes figures of the evaluation's streams. fingerprint: of everything that
+    the quantized bytes depend on.
     """
 
     spec: JobSpec
@@ -91,13 +93,16 @@ def _classifier(
 ) -> Prepared:
     spec = planned.spec
     model = VisionModel(folder, device=device)
+    if spec.evaluation is not None:
+        _check_metrics(spec.evaluation.metrics or (), model.classes)
     progress.stage(State.PREPARING, "reading the images")
     channels = model.image_shape[0]
     wanted = spec.calibration
     images = calibration_images(
         load_images(wanted.dataset, "calibration", workspace), samples=wanted.samples, seed=wanted.seed
     )
-    calibration = pixels(images, folder, channels)
+    progress.stage(State.PREPARING, "processing the calibration images")
+    calibration = pixels(images, folder, channels, progress.advance)
     _check_size(model, calibration)
     if spec.evaluation is None:
         judge = ClassifierJudge(torch.empty(0), ())
@@ -105,10 +110,20 @@ def _classifier(
     held = load_images(spec.evaluation.dataset, "evaluation", workspace)
     held = held.take(range(min(len(held), spec.evaluation.samples or len(held))))
     check_labels(held, model.classes, "evaluation")
-    warnings = _overlapping(images, held, allowed=spec.evaluation.allow_overlap)
+    warnings = _overlapping(images, held, allowed=spec.evaluation.allow_overlap, progress=progress)
     judge = ClassifierJudge(torch.as_tensor(held.labels), spec.evaluation.metrics or ())
-    evaluation = pixels(held, folder, channels)
+    progress.stage(State.PREPARING, "processing the evaluation images")
+    evaluation = pixels(held, folder, channels, progress.advance)
     return _prepared(planned, folder, model, calibration, evaluation, held.name, judge, warnings, progress)
+
+
+def _check_metrics(metrics: Sequence[str], classes: int) -> None:
+    """That one of the metrics can differ from 1: top5 of five classes or fewer cannot. Raises RecipeError."""
+    if not any(metric == "kl" or int(metric.removeprefix("top")) < classes for metric in metrics):
+        raise RecipeError(
+            f"evaluation.metrics: {' and '.join(metrics)} of a model with {classes} classes is always 100 %: add "
+            "`kl`, or `top1` where there are two classes or more"
+        )
 
 
 def _check_size(model: VisionModel, images: Tensor) -> None:
@@ -121,9 +136,12 @@ def _check_size(model: VisionModel, images: Tensor) -> None:
         )
 
 
-def _overlapping(calibration: ImageSet, evaluation: ImageSet, *, allowed: bool) -> list[str]:
+def _overlapping(
+    calibration: ImageSet, evaluation: ImageSet, *, allowed: bool, progress: Progress
+) -> list[str]:
     """A warning for each kind of overlap. Raises DatasetError for more than is allowed."""
-    share = overlap_of_images(calibration, evaluation)
+    progress.stage(State.PREPARING, "comparing the images")
+    share = overlap_of_images(calibration, evaluation, progress.advance)
     if share > OVERLAP_ALLOWED and not allowed:
         raise DatasetError(
             f"evaluation: {share:.1%} of {evaluation.name} also stand among the calibration images; evaluate on "

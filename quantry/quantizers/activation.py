@@ -11,6 +11,8 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
+FLOAT_BITS = 32  # of the arithmetic that is not integer, when operations are counted
+
 
 class ActivationQuantizer(nn.Module):
     """Base of all kinds. `bits`: of a code. Subclasses register their buffers and implement `forward`.
@@ -122,5 +124,5 @@ class TokenQuantizer(ActivationQuantizer):
         return codes.sub_(zero).mul_(scale).to(x.dtype)
 
     def operations(self, shape: tuple[int, ...]) -> int:
-        """Two comparisons of 32 bits for each value."""
-        return 2 * 32 * int(torch.Size(shape).numel())
+        """A comparison of 32 bits for each value, or two where both ends of the range are looked for."""
+        return (1 if self.symmetric else 2) * FLOAT_BITS * torch.Size(shape).numel()

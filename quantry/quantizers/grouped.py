@@ -13,11 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
+from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedWeight
 
 Axis = Literal["channels", "rows"]
-FLOAT_BITS = 32  # of the arithmetic that is not integer, when operations are counted
 _TINY = 2.0**-100  # a range of zeros: any step will do
 
 
@@ -30,17 +29,6 @@ def bounds_grid(low: Tensor, high: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     low, high = low.clamp(max=0), high.clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).clamp(min=_TINY)
     return scale, (-low / scale).round()
-
-
-def grouping_operations(axis: Axis, shape: tuple[int, ...], groups: int) -> int:
-    """Bit operations of finding the groups of a tensor: its ranges, then the distances to every grid.
-
-    Channels: 2 comparisons a value, 4 operations a channel and grid. Rows: one, and 2 a row and grid.
-    """
-    values = torch.Size(shape).numel()
-    if axis == "rows":
-        return FLOAT_BITS * (values + 2 * groups * values // shape[-1])
-    return FLOAT_BITS * (2 * values + 4 * groups * shape[0] * shape[-1])
 
 
 class GroupedQuantizer(ActivationQuantizer):
@@ -84,7 +72,14 @@ class GroupedQuantizer(ActivationQuantizer):
         return codes.sub_(zero_point[group]).mul_(scale[group]).to(x.dtype)
 
     def operations(self, shape: tuple[int, ...]) -> int:
-        return grouping_operations(self.axis, shape, self.groups)
+        """Its ranges, then the distances to every grid.
+
+        Channels: 2 comparisons a value, 4 operations a channel and grid. Rows: one, and 2 a row and grid.
+        """
+        values = torch.Size(shape).numel()
+        if self.axis == "rows":
+            return FLOAT_BITS * (values + 2 * self.groups * values // shape[-1])
+        return FLOAT_BITS * (2 * values + 4 * self.groups * shape[0] * shape[-1])
 
 
 class ChannelQuantizer(ActivationQuantizer):

@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 
 from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
+from worker.activations import calibrate_activations
 from worker.errors import DatasetError, ModelError, RecipeError
 from worker.pipeline import run
+from worker.prepare import prepare
 from worker.progress import Progress
 from worker.workspace import Workspace
 
@@ -104,7 +106,27 @@ def test_every_method_runs_and_its_artifact_computes_the_same(name: str, workspa
     report = quantize(workspace, job(workspace, "vit", RECIPES[name])).report
     assert float(report.verification["relative_difference"]) < 1e-4
     assert report.quality[-1].metric == "kl"
-    assert (report.bit_operations is None) == (name == "weights")
+    operations = report.bit_operations
+    assert (operations is None) == (name == "weights")
+    assert operations is None or (operations.overhead > 0) == (name in ("token", "igq"))  # found as it runs
+
+
+def test_every_long_stage_says_how_far_it_is(workspace: Workspace) -> None:
+    recipe = [{"method": "rtn", **GRID}, {"method": "igq", "groups": 2, "allocation": "ilp", **GRID}]
+    written = io.StringIO()
+    progress = Progress(written)
+    prepared = prepare(job(workspace, "vit", recipe).resolve(), workspace, progress)
+    calibrate_activations(prepared.model, prepared.spec, prepared.calibration, progress)
+    messages = [json.loads(line) for line in written.getvalue().splitlines()]
+    last = {m["stage"]: (m["done"], m["total"]) for m in messages if m["type"] == "stage"}
+    assert last["processing the calibration images"] == (16, 16)
+    assert last["comparing the images"] == (20, 20)
+    assert last["processing the evaluation images"] == (4, 4)
+    assert last["activations: round to nearest, ranges"] == (16, 16)
+    assert last["activations: igq, ranges"] == (16, 16)
+    trials = 2 * 5 * 4  # two blocks, four inputs of linear layers and the softmax; 1, 2, 3 or 4 groups
+    assert last["activations: igq, bounds"] == (trials, trials)
+    assert last["activations: igq, perturbations"] == (16 * (1 + trials), 16 * (1 + trials))
 
 
 def test_a_resumed_job_has_the_same_bytes(workspace: Workspace, tmp_path: Path) -> None:
@@ -156,6 +178,15 @@ def test_what_a_classifier_cannot_take_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=path):
         quantize(workspace, job(workspace, "vit", recipe, **changes))
+
+
+def test_metrics_that_can_only_be_perfect_are_refused(workspace: Workspace) -> None:
+    dataset = {"source": "local", "id": "images.npz"}
+    request = job(
+        workspace, "vit", RECIPES["uniform"], evaluation={"dataset": dataset, "metrics": ["top5"]}
+    )
+    with pytest.raises(RecipeError, match=r"evaluation\.metrics: top5 of a model with 5 classes"):
+        quantize(workspace, request)
 
 
 def test_data_that_does_not_fit_is_refused(workspace: Workspace) -> None:

@@ -29,17 +29,26 @@ class Calibrated:
     weights: dict[str, QuantizedWeight] = field(default_factory=dict)
 
 
+Tell = Callable[[int, int], None]  # hears (done, total)
+
+
+def silent(done: int, total: int) -> None:
+    """Where nobody waits for progress."""
+
+
 @dataclass(frozen=True)
 class Images:
     """What a method calibrates on. pixels: (N, C, H, W) float32. seed: of everything random.
 
-    weights: the job's weight step, for methods that look at quantized weights. tell: hears `(done, total)`.
+    weights: the job's weight step, for methods that look at quantized weights. tell: hears `(done, total)` of
+    what is counted at present. begin: hears what is counted from now on, before its first `tell`.
     """
 
     pixels: Tensor
     seed: int
     weights: RtnStep | GptqStep
-    tell: Callable[[int, int], None] = lambda done, total: None
+    tell: Tell = silent
+    begin: Callable[[str], None] = lambda what: None
 
 
 class _Seer(nn.Module):
@@ -54,17 +63,33 @@ class _Seer(nn.Module):
         return x
 
 
-@torch.no_grad()
 def observe(
-    model: VisionModel, pixels: Tensor, see: Mapping[str, Callable[[Tensor], None]], batch: int = BATCH_IMAGES
+    model: VisionModel, pixels: Tensor, see: Mapping[str, Callable[[Tensor], None]], tell: Tell = silent
 ) -> None:
-    """Run the float network on `pixels` and show each operand to its function, batch by batch."""
+    """Run the float network on `pixels` and show each operand to its function, batch by batch.
+
+    tell: hears how many of the images are done, after each batch.
+    """
     for name, function in see.items():
         attach(model.network, name, _Seer(function))
     try:
-        model.logits(pixels, batch)
+        logits(model, pixels, tell)
     finally:
         detach_all(model.network)
+
+
+def logits(model: VisionModel, pixels: Tensor, tell: Tell) -> Tensor:
+    """As `model.logits`; `tell` hears how many of the images are done, after each batch."""
+    parts: list[Tensor] = []
+    for part in torch.split(pixels, BATCH_IMAGES):
+        parts.append(model.logits(part))
+        tell(min(len(parts) * BATCH_IMAGES, len(pixels)), len(pixels))
+    return torch.cat(parts)
+
+
+def part_of(tell: Tell, before: int, whole: int) -> Tell:
+    """For a part of what `tell` counts: `before` of `whole` are done when the part begins."""
+    return lambda done, total: tell(before + done, whole)
 
 
 def attach_all(

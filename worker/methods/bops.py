@@ -1,9 +1,11 @@
-"""Bit operations of a classifier for one image, and what grouping its operands adds.
+"""Bit operations of a classifier for one image, and what finding grids at run time adds to them.
 
 A product of (N, C) by (C, D) with factors of b_x and b_w bits takes N C D b_w b_x. Grouping by channels adds
 (G-1) N D additions of partial sums, 2 N C comparisons for ranges and 4 C G operations for distances; grouping
 softmax rows, whose scale leaves the sum, only N C comparisons and 2 N G operations. Each is counted with 32
 bits. For DeiT-B's linear layers at 4 bits that is 1.70, 2.49, 3.28 % for G = 8, 12, 16.
+A grid for each token adds the comparisons for its range, 2 a value. Of V, whose tokens are summed over, the
+scale stays inside the sum: N C D multiplications more.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantry.quantizers.grouped import FLOAT_BITS, Axis, grouping_operations
+from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, TokenQuantizer
+from quantry.quantizers.grouped import Axis, GroupedQuantizer
 from worker.methods.activations import observe
 from worker.models.vision import Operand, VisionModel
 
@@ -33,7 +36,8 @@ class Product:
     """The products that one operand enters on the left: `instances` times (rows, inner) @ (inner, columns).
 
     operand, kind: as in `Operand`. instances: 1, or windows (times heads in attention). columns: outputs of
-    all layers that share the operand.
+    all layers that share the operand. right: the operand on the right, the keys of queries or the values of
+    probabilities; None: weights.
     """
 
     operand: str
@@ -42,27 +46,37 @@ class Product:
     rows: int
     inner: int
     columns: int
+    right: str | None = None
 
     def operations(self, weight_bits: int, bits: int, softmax_bits: int) -> int:
         """Bit operations of the products alone. Q K^T and P V multiply two activations."""
         left = {"image": IMAGE_BITS, "probabilities": softmax_bits}.get(self.kind, bits)
-        right = bits if self.kind in ("query", "probabilities") else weight_bits
-        return self.instances * self.rows * self.inner * self.columns * left * right
+        right = bits if self.right else weight_bits
+        return self._multiplications * left * right
 
-    def overhead(self, groups: int) -> int:
-        """Bit operations that `groups` grids add; 0 for an operand that is not grouped."""
-        if self.kind not in AXES:
-            return 0
-        axis = AXES[self.kind]
-        finding = grouping_operations(axis, (self.instances, self.rows, self.inner), groups)
-        if axis == "rows":
-            return finding
-        return finding + FLOAT_BITS * (groups - 1) * self.instances * self.rows * self.columns
+    def overhead(self, quantizers: Mapping[str, ActivationQuantizer]) -> int:
+        """Bit operations that finding the grids of both operands takes, and using what was found."""
+        total = 0
+        left = quantizers.get(self.operand)
+        if left is not None:
+            total += left.operations((self.instances, self.rows, self.inner))
+        if isinstance(left, GroupedQuantizer) and left.axis == "channels":
+            total += FLOAT_BITS * (left.groups - 1) * self.instances * self.rows * self.columns
+        right = quantizers.get(self.right) if self.right else None
+        if right is not None:
+            total += right.operations((self.instances, self.columns, self.inner))
+        if isinstance(right, TokenQuantizer) and self.kind == "probabilities":
+            total += FLOAT_BITS * self._multiplications
+        return total
+
+    @property
+    def _multiplications(self) -> int:
+        return self.instances * self.rows * self.inner * self.columns
 
 
 @dataclass(frozen=True)
 class BitOperations:
-    """Of one image. base: the products. overhead: what grouping adds to them."""
+    """Of one image. base: the products. overhead: what finding grids at run time adds to them."""
 
     base: int
     overhead: int
@@ -75,17 +89,16 @@ class BitOperations:
 
 def count(
     products: Iterable[Product],
-    groups: Mapping[str, int],
+    quantizers: Mapping[str, ActivationQuantizer],
     *,
     weight_bits: int,
     bits: int,
     softmax_bits: int | None = None,
 ) -> BitOperations:
-    """Sum over products. groups: by operand; operands that it leaves out are not grouped."""
+    """Sum over products. quantizers: by operand; static ones add nothing."""
     listed = tuple(products)
     base = sum(product.operations(weight_bits, bits, softmax_bits or bits) for product in listed)
-    extra = sum(product.overhead(groups[product.operand]) for product in listed if product.operand in groups)
-    return BitOperations(base, extra)
+    return BitOperations(base, sum(product.overhead(quantizers) for product in listed))
 
 
 def model_products(model: VisionModel, shape: tuple[int, ...] | None = None) -> tuple[Product, ...]:
@@ -109,9 +122,9 @@ def model_products(model: VisionModel, shape: tuple[int, ...] | None = None) -> 
 def _product(model: VisionModel, operand: Operand, shapes: Mapping[str, tuple[int, ...]]) -> Product:
     name, kind, shape = operand.name, operand.kind, shapes[operand.name]
     if kind in ("query", "probabilities"):
-        partner = shapes[f"{operand.layers[0]}.{'key' if kind == 'query' else 'value'}"]
-        columns = partner[-2] if kind == "query" else partner[-1]
-        return Product(name, kind, shape[0] * shape[1], shape[2], shape[3], columns)
+        right = f"{operand.layers[0]}.{'key' if kind == 'query' else 'value'}"
+        columns = shapes[right][-2] if kind == "query" else shapes[right][-1]
+        return Product(name, kind, shape[0] * shape[1], shape[2], shape[3], columns, right)
     columns = sum(len(model.layer(layer).weight) for layer in operand.layers)
     if kind == "image":  # a convolution whose patches do not overlap: each is a row
         inner = model.columns(operand.layers[0])
@@ -126,8 +139,10 @@ def block_products(tokens: int, width: int, hidden: int, heads: int, depth: int)
     for i in range(depth):
         products += [
             Product(f"{i}.qkv", "post_norm", 1, tokens, width, 3 * width),
-            Product(f"{i}.query", "query", heads, tokens, width // heads, tokens),
-            Product(f"{i}.probabilities", "probabilities", heads, tokens, tokens, width // heads),
+            Product(f"{i}.query", "query", heads, tokens, width // heads, tokens, f"{i}.key"),
+            Product(
+                f"{i}.probabilities", "probabilities", heads, tokens, tokens, width // heads, f"{i}.value"
+            ),
             Product(f"{i}.o_proj", "attention_output", 1, tokens, width, width),
             Product(f"{i}.fc1", "post_norm", 1, tokens, width, hidden),
             Product(f"{i}.fc2", "post_activation", 1, tokens, hidden, width),

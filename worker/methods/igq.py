@@ -9,6 +9,7 @@ Swin's attention a window is grouped as an image is elsewhere.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from functools import partial
 
@@ -22,7 +23,16 @@ from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, U
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep
 from worker.errors import CalibrationError, NonFiniteError
-from worker.methods.activations import Calibrated, Images, observe, quantized
+from worker.methods.activations import (
+    Calibrated,
+    Images,
+    Tell,
+    logits,
+    observe,
+    part_of,
+    quantized,
+    silent,
+)
 from worker.methods.bops import AXES, model_products
 from worker.models.vision import Operand, VisionModel
 
@@ -37,13 +47,11 @@ def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
 
     Raises: CalibrationError without images or without an allocation, NonFiniteError for NaN or infinity.
     """
-    ranges = collect(model, images.pixels)
+    images.begin("ranges")
+    ranges = collect(model, images.pixels, images.tell)
     static = {o.name: _static(ranges[o.name], step) for o in model.operands if o.kind not in (*AXES, "image")}
-    grouped = {
-        o.name: {g: _grouped(o, ranges[o.name], g, step) for g in group_counts(step)}
-        for o in model.operands
-        if o.kind in AXES
-    }
+    images.begin("bounds")
+    grouped = _candidates(model, ranges, step, images.tell)
     groups = dict.fromkeys(grouped, step.groups)
     if step.allocation == "ilp":
         groups = _allocated(model, images, grouped, step.groups)
@@ -64,7 +72,7 @@ def upper_bound(model: VisionModel, images: Images, step: IgqStep) -> Calibrated
     return Calibrated(quantizers)
 
 
-def collect(model: VisionModel, pixels: Tensor) -> dict[str, Tensor]:
+def collect(model: VisionModel, pixels: Tensor, tell: Tell = silent) -> dict[str, Tensor]:
     """The ranges that one float forward shows, (min, max) along the last dimension, float32, by operand.
 
     Grouped operands: (points, 2), a point for each channel or row of each image. Q, K, V: (heads, 1, 1, 2)
@@ -81,7 +89,7 @@ def collect(model: VisionModel, pixels: Tensor) -> dict[str, Tensor]:
             raise NonFiniteError(f"{operand.name} holds NaN or infinity for a calibration image")
         seen[operand.name].append(found)
 
-    observe(model, pixels, {operand.name: partial(see, operand) for operand in operands})
+    observe(model, pixels, {operand.name: partial(see, operand) for operand in operands}, tell)
     return {o.name: _joined(seen[o.name], grouped=o.kind in AXES) for o in operands}
 
 
@@ -105,6 +113,18 @@ def _joined(ranges: list[Tensor], *, grouped: bool) -> Tensor:
 def _static(extremes: Tensor, step: IgqStep) -> ActivationQuantizer:
     low, high = extremes.unbind(-1)
     return UniformQuantizer.covering(low, high, step.bits)
+
+
+def _candidates(
+    model: VisionModel, ranges: Mapping[str, Tensor], step: IgqStep, tell: Tell
+) -> dict[str, Candidates]:
+    """The quantizers of every operand that is grouped, a few numbers of groups each."""
+    operands, counts = [o for o in model.operands if o.kind in AXES], group_counts(step)
+    grouped: dict[str, dict[int, ActivationQuantizer]] = {operand.name: {} for operand in operands}
+    for done, (operand, groups) in enumerate(itertools.product(operands, counts), 1):
+        grouped[operand.name][groups] = _grouped(operand, ranges[operand.name], groups, step)
+        tell(done, len(operands) * len(counts))
+    return dict(grouped)
 
 
 def _grouped(operand: Operand, points: Tensor, groups: int, step: IgqStep) -> ActivationQuantizer:
@@ -165,7 +185,10 @@ def _allocated(
     """Groups by operand: the least summed perturbation within the operations of `uniform` groups everywhere."""
     overhead = {product.operand: product.overhead for product in model_products(model)}
     counts = list(next(iter(grouped.values())))
-    costs = np.array([[overhead[name](g) for g in counts] for name in grouped], dtype=np.float64)
+    costs = np.array(
+        [[overhead[name]({name: quantizer}) for quantizer in found.values()] for name, found in grouped.items()],
+        dtype=np.float64,
+    )
     budget = float(costs[:, counts.index(uniform)].sum())
     columns = allocate(perturbations(model, images, grouped), costs, budget)
     return {name: counts[column] for name, column in zip(grouped, columns, strict=True)}
@@ -175,14 +198,17 @@ def perturbations(
     model: VisionModel, images: Images, grouped: Mapping[str, Candidates]
 ) -> npt.NDArray[np.float64]:
     """Omega (operands, candidates): mean KL of the predictions with one operand quantized from the float ones."""
-    expected = model.logits(images.pixels).double().log_softmax(-1)
     trials = [(name, quantizer) for name, counts in grouped.items() for quantizer in counts.values()]
+    forwards = (1 + len(trials)) * len(images.pixels)  # of one image each
+    images.begin("perturbations")
+    expected = logits(model, images.pixels, part_of(images.tell, 0, forwards)).double().log_softmax(-1)
     omega: list[float] = []
     for name, quantizer in trials:
+        done = (1 + len(omega)) * len(images.pixels)
         with quantized(model, {name: quantizer}):
-            found = model.logits(images.pixels).double().log_softmax(-1)
+            found = logits(model, images.pixels, part_of(images.tell, done, forwards))
+        found = found.double().log_softmax(-1)
         omega.append(float((expected.exp() * (expected - found)).sum(-1).mean()))
-        images.tell(len(omega), len(trials))
     return np.array(omega).reshape(len(grouped), -1)
 
 

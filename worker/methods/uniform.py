@@ -15,7 +15,7 @@ from torch import Tensor
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.recipe import UniformStep
 from worker.errors import CalibrationError, NonFiniteError
-from worker.methods.activations import Calibrated, Images, observe
+from worker.methods.activations import Calibrated, Images, Tell, observe, silent
 from worker.models.vision import Operand, VisionModel
 
 BINS = 2048
@@ -29,9 +29,11 @@ def calibrate(model: VisionModel, images: Images, step: UniformStep) -> Calibrat
     bits = {o.name: bits_of(o, step.bits, step.softmax_bits) for o in operands}
     if step.granularity == "token":
         return Calibrated({name: TokenQuantizer(bits[name]) for name in bits})
-    ranges = {name: (low, high) for name, (low, high) in ranges_of(model, operands, images.pixels).items()}
+    images.begin("ranges")
+    ranges = ranges_of(model, operands, images.pixels, tell=images.tell)
     if step.range != "min_max":
-        counts = histograms(model, ranges, images.pixels)
+        images.begin("histograms")
+        counts = histograms(model, ranges, images.pixels, images.tell)
         fit = percentile_range if step.range == "percentile" else mse_range
         ranges = {n: fit(counts[n], *ranges[n], bits=bits[n]) for n in bits}
     quantizers: dict[str, ActivationQuantizer] = {
@@ -46,7 +48,12 @@ def bits_of(operand: Operand, bits: int, softmax_bits: int | None) -> int:
 
 
 def ranges_of(
-    model: VisionModel, operands: Iterable[Operand], pixels: Tensor, *, by_head: bool = False
+    model: VisionModel,
+    operands: Iterable[Operand],
+    pixels: Tensor,
+    *,
+    by_head: bool = False,
+    tell: Tell = silent,
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """The least and largest value of each operand, float32: (), or (H, 1, 1) of queries, keys and values.
 
@@ -66,7 +73,7 @@ def ranges_of(
     for operand in operands:
         heads = by_head and operand.kind in ("query", "key", "value")
         watchers[operand.name] = partial(see, operand.name, (0, 2, 3) if heads else ())
-    observe(model, pixels, watchers)
+    observe(model, pixels, watchers, tell)
     for name, (low, high) in seen.items():
         if not (torch.isfinite(low).all() and torch.isfinite(high).all()):
             raise NonFiniteError(f"{name} holds NaN or infinity on the calibration images")
@@ -74,7 +81,7 @@ def ranges_of(
 
 
 def histograms(
-    model: VisionModel, ranges: dict[str, tuple[Tensor, Tensor]], pixels: Tensor
+    model: VisionModel, ranges: dict[str, tuple[Tensor, Tensor]], pixels: Tensor, tell: Tell = silent
 ) -> dict[str, Tensor]:
     """How many values of each operand fall in each of BINS equal parts of its range: (BINS,) float64."""
     counts = {
@@ -84,7 +91,7 @@ def histograms(
     def see(name: str, low: float, high: float, x: Tensor) -> None:
         counts[name] += torch.histc(x.float(), BINS, low, high)
 
-    observe(model, pixels, {n: partial(see, n, a.item(), b.item()) for n, (a, b) in ranges.items()})
+    observe(model, pixels, {n: partial(see, n, a.item(), b.item()) for n, (a, b) in ranges.items()}, tell)
     return counts
 
 

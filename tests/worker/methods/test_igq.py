@@ -185,7 +185,14 @@ def test_allocated_groups_are_never_worse_than_uniform_ones(tmp_path: Path) -> N
     model = load(tmp_path)
     told: list[tuple[int, int]] = []
     plain = pictures(model)
-    images = Images(plain.pixels, 0, plain.weights, lambda done, total: told.append((done, total)))
+    begun: list[tuple[str, int]] = []
+    images = Images(
+        plain.pixels,
+        0,
+        plain.weights,
+        lambda done, total: told.append((done, total)),
+        lambda what: begun.append((what, len(told))),
+    )
     step = IgqStep(bits=4, groups=4, allocation="ilp")
     chosen = calibrate(model, images, step).quantizers
     uniform = calibrate(model, images, IgqStep(bits=4, groups=4)).quantizers
@@ -195,13 +202,26 @@ def test_allocated_groups_are_never_worse_than_uniform_ones(tmp_path: Path) -> N
         for label, found in (("ilp", chosen), ("uniform", uniform))
     }
     assert total["ilp"] <= total["uniform"]
-    groups = {name: int(chosen[name].describe()["groups"]) for name in names}
-    assert len(set(groups.values())) > 1
+    assert len({int(chosen[name].describe()["groups"]) for name in names}) > 1
     products = model_products(model)
-    spent = count(products, groups, weight_bits=4, bits=4).overhead
-    allowed = count(products, dict.fromkeys(names, 4), weight_bits=4, bits=4).overhead
-    assert spent <= allowed
-    assert told == [(i + 1, len(names) * 7) for i in range(len(names) * 7)]
+    spent = count(products, chosen, weight_bits=4, bits=4).overhead
+    allowed = count(products, uniform, weight_bits=4, bits=4).overhead
+    assert 0 < spent <= allowed
+    trials = len(names) * 7
+    assert begun[:3] == [("ranges", 0), ("bounds", 1), ("perturbations", 1 + trials)]
+    assert told[0] == (6, 6)
+    assert told[1 : 1 + trials] == [(i + 1, trials) for i in range(trials)]
+    forwards = 6 * (1 + trials)  # of six images, in one batch
+    assert told[1 + trials : 2 + 2 * trials] == [(6 * (i + 1), forwards) for i in range(1 + trials)]
+
+
+def test_every_batch_of_a_pass_is_told(tmp_path: Path) -> None:
+    model, told = load(tmp_path), list[tuple[int, int]]()
+    images = pictures(model, 70)
+    plain = collect(model, images.pixels)
+    found = collect(model, images.pixels, lambda done, total: told.append((done, total)))
+    assert told == [(32, 70), (64, 70), (70, 70)]
+    assert all(torch.equal(plain[name], found[name]) for name in plain)
 
 
 def test_perturbations_vanish_without_quantization_and_shrink_with_groups(tmp_path: Path) -> None:

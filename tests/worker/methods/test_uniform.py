@@ -63,6 +63,22 @@ def test_ranges_from_histograms_lie_within_what_was_seen(model: VisionModel, kin
         assert quantizer.get_buffer("scale") <= whole[name].get_buffer("scale") * (1 + 1e-5)
 
 
+@pytest.mark.parametrize(("kind", "passes"), [("min_max", 1), ("percentile", 2), ("mse", 2)])
+def test_every_batch_of_a_pass_is_told(kind: str, passes: int, tmp_path: Path) -> None:
+    model = VisionModel(factories.write_classifier(tmp_path, "vit"), device=torch.device("cpu"))
+    told: list[tuple[int, int] | str] = []
+    heard = Images(
+        images(model, 40).pixels,
+        0,
+        RtnStep(bits=4),
+        lambda done, total: told.append((done, total)),
+        told.append,
+    )
+    calibrate(model, heard, UniformStep.model_validate({"bits": 4, "range": kind}))
+    expected = ["ranges", (32, 40), (40, 40), "histograms", (32, 40), (40, 40)]
+    assert told == expected[: 3 * passes]
+
+
 def test_batches_do_not_change_a_range(model: VisionModel) -> None:
     pixels = images(model, 40).pixels  # two batches
     both = ranges_of(model, model.operands, pixels)

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from quantry.planning import Layer, Plan
+from quantry.language_layers import Layer
+from quantry.planning import Plan
 from quantry.recipe import GptqStep
 from quantry.reports import Estimate
 

@@ -7,39 +7,31 @@ folder holds besides (tokenizer, reports) is not counted.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantry.base import SpecError
 from quantry.contract import Format, JobSpec, resolve_format
-from quantry.families import Family, bias_slots, family_of, holds_added_biases, rehome_target
+from quantry.families import Family, family_of, foldable_norms, holds_added_biases, rehome_target
 from quantry.headers import DTYPE_BITS, TensorInfo
-from quantry.recipe import GptqStep, RtnStep, dividing_group_sizes
+from quantry.language_layers import (
+    Layer,
+    canonical_tensors,
+    context_length,
+    hidden_size,
+    is_embedding,
+    is_head,
+    layer_plans,
+    linear_layers,
+    vocabulary_size,
+)
+from quantry.recipe import GptqStep, RtnStep, SmoothquantStep, dividing_group_sizes
 from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
 _WRITTEN = Literal["compressed-tensors", "gptq", "gguf", "quantry"]
-_FLOATS = ("F64", "F32", "F16", "BF16")
-_TIED_BY_DEFAULT = ("opt", "gemma", "gemma2", "gemma3_text", "gpt2")  # transformers' config classes
-_HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
-_TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|lm_head|embed_out)\.weight$")
-_EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe)\.weight$")
-
-
 LANGUAGE_METHODS = ("rtn", "gptq", "smoothquant", "bias_compensation", "softmax_bias")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One linear layer that will be quantized: `rows` outputs, `columns` inputs, however it is stored."""
-
-    name: str
-    rows: int
-    columns: int
-    had_bias: bool
-    dtype: str
 
 
 @dataclass(frozen=True)
@@ -65,25 +57,19 @@ class Plan:
 
 def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Plan:
     """Check a job against its model. Raises SpecError, naming the field and the layer."""
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "an unknown method")
-        raise SpecError(
-            "model", f"the checkpoint is already quantized ({method}); give the full-precision one"
-        )
-    family = family_of(config)
-    _check_steps(spec)
-    named = {family.canonical(name): info for name, info in tensors.items() if not family.is_ignored(name)}
-    if _tied(family, config):
-        named = {name: info for name, info in named.items() if not _HEAD.search(name)}
-    elif not any(_HEAD.search(name) for name in named):
+    if found := config.get("quantization_config"):
+        method = found.get("quant_method") if isinstance(found, Mapping) else None
         raise SpecError(
             "model",
-            "the checkpoint has no output head (lm_head), and its config does not tie it to the embeddings",
+            f"the checkpoint is already quantized ({method or 'an unknown method'}); give the full-precision one",
         )
-    quantized = tuple(_layers(family, config, named))
+    family = family_of(config)
+    _check_steps(spec, family, config)
+    named = canonical_tensors(family, config, tensors)
+    quantized = tuple(linear_layers(family, config, named))
     weights = spec.weight_step
     _check_groups(weights, quantized)
-    context = _context(config)
+    context = context_length(config)
     written, written_family = _format(spec, family, config, quantized)
     resolved = _resolve_lengths(spec, context).model_copy(update={"format": written})
     taken = {f"{layer.name}.weight" for layer in quantized}
@@ -100,11 +86,11 @@ def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorI
         written_family=written_family,
         context=context,
         quantized=quantized,
-        layers=_layer_plans(family, quantized, kept),
+        layers=layer_plans(family, quantized, kept),
         parameters=sum(info.numel for info in named.values()),
         kept_parameters=sum(info.numel for info in kept.values()),
-        vocabulary=_embedding_rows(kept),
-        hidden=_hidden(config),
+        vocabulary=vocabulary_size(kept),
+        hidden=hidden_size(config),
         fp_bytes=sum(info.nbytes for info in named.values()),
         quantized_bytes=stored + sum(_kept_bytes(name, info) for name, info in kept.items()),
         effective_bits=round(layer_bits / count, 4),
@@ -112,14 +98,16 @@ def plan(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorI
     )
 
 
-def _check_steps(spec: JobSpec) -> None:
-    """That every step can work on a language model."""
+def _check_steps(spec: JobSpec, family: Family, config: Mapping[str, Any]) -> None:
+    """That every step can work on this language model. Raises SpecError."""
     for index, step in enumerate(spec.recipe):
         if step.method not in LANGUAGE_METHODS:
             raise SpecError(
                 f"recipe.{index}",
                 f"`{step.method}` does not work on causal language models; these do: {', '.join(LANGUAGE_METHODS)}",
             )
+        if isinstance(step, SmoothquantStep):
+            _check_norms(f"recipe.{index}", family, config)
     if spec.accept.accuracy_drop_max is not None:
         raise SpecError(
             "accept.accuracy_drop_max", "a language model has no top-1 accuracy: use perplexity_increase_max"
@@ -129,46 +117,17 @@ def _check_steps(spec: JobSpec) -> None:
         raise SpecError("evaluation.metrics", "a language model is measured by perplexity alone")
 
 
+def _check_norms(path: str, family: Family, config: Mapping[str, Any]) -> None:
+    """That the norms take the factors of SmoothQuant. Raises SpecError at `path`."""
+    try:
+        foldable_norms(family, config)
+    except SpecError as error:
+        raise SpecError(path, error.detail) from error
+
+
 def added_bias(layer: Layer, spec: JobSpec) -> bool:
     """Whether the job gives this layer a bias that the full-precision model does not have."""
     return spec.compensation is not None and not layer.had_bias
-
-
-def _layers(family: Family, config: Mapping[str, Any], named: Mapping[str, TensorInfo]) -> Iterator[Layer]:
-    """The layers to quantize, block by block, in the order they run; each is there and has a sane shape."""
-    count = _first(config, "num_hidden_layers", "n_layer", "num_layers")
-    pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
-    found = {int(match.group(1)) for name in named if (match := pattern.match(name))}
-    if not count or found != set(range(count)):
-        raise SpecError(
-            "model", f"config.json says {count} blocks, the checkpoint holds {len(found)} ({_ranges(found)})"
-        )
-    slots = bias_slots(family, config)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for block in range(count):
-        for linear in family.linears:
-            name = f"{family.blocks}.{block}.{linear}"
-            info = named.get(f"{name}.weight")
-            if info is None:
-                raise SpecError("model", f"the checkpoint lacks {name}.weight")
-            if len(info.shape) != 2 or 0 in info.shape:
-                raise SpecError("model", f"{name}.weight should be a matrix, its shape is {list(info.shape)}")
-            if shapes.setdefault(linear, info.shape) != info.shape:
-                raise SpecError(
-                    "model",
-                    f"{name}.weight has the shape {list(info.shape)}, block 0 has {list(shapes[linear])}",
-                )
-            if info.dtype not in _FLOATS:
-                raise SpecError(
-                    "model", f"{name}.weight is {info.dtype}; Quantry quantizes floating-point weights"
-                )
-            rows, columns = reversed(info.shape) if family.transposed else info.shape
-            if linear in family.groups[0] and columns != _hidden(config):
-                raise SpecError(
-                    "model",
-                    f"{name} has {columns} columns, config.json says a hidden size of {_hidden(config)}",
-                )
-            yield Layer(name, rows, columns, slots[linear], info.dtype)
 
 
 def _check_groups(weights: RtnStep | GptqStep, layers: tuple[Layer, ...]) -> None:
@@ -293,33 +252,12 @@ def _added_bias_bytes(layer: Layer, spec: JobSpec) -> int:
 
 def is_halved(name: str, dtype: str) -> bool:
     """Whether a kept tensor is stored as float16: embeddings and heads of float32 checkpoints are."""
-    return dtype in ("F32", "F64") and bool(_EMBEDDING.search(name) or _HEAD.search(name))
+    return dtype in ("F32", "F64") and (is_embedding(name) or is_head(name))
 
 
 def _kept_bytes(name: str, info: TensorInfo) -> int:
     """Embeddings and heads are stored with 16 bits; everything else as it came."""
     return info.numel * (16 if is_halved(name, info.dtype) else DTYPE_BITS[info.dtype]) // 8
-
-
-def _layer_plans(
-    family: Family, quantized: tuple[Layer, ...], kept: Mapping[str, TensorInfo]
-) -> tuple[LayerPlan, ...]:
-    plans = [
-        LayerPlan(name=layer.name, shape=(layer.rows, layer.columns), quantized=True) for layer in quantized
-    ]
-    for name, info in kept.items():
-        if len(info.shape) == 2:
-            if _HEAD.search(name):
-                reason = "the output head stays in full precision"
-            elif _EMBEDDING.search(name):
-                reason = "embeddings stay in full precision"
-            else:
-                reason = f"not one of the linear layers of a {family.model_type} block"
-            shape = (info.shape[0], info.shape[1])
-            plans.append(
-                LayerPlan(name=name.removesuffix(".weight"), shape=shape, quantized=False, reason=reason)
-            )
-    return tuple(plans)
 
 
 def _warnings(
@@ -354,44 +292,3 @@ def _warnings(
 
 def _groups(layer: Layer, weights: RtnStep | GptqStep) -> int:
     return layer.columns // weights.group_size if weights.group_size else 1
-
-
-def _tied(family: Family, config: Mapping[str, Any]) -> bool:
-    return bool(config.get("tie_word_embeddings", family.model_type in _TIED_BY_DEFAULT))
-
-
-def _context(config: Mapping[str, Any]) -> int | None:
-    return _first(config, "max_position_embeddings", "n_positions")
-
-
-def _hidden(config: Mapping[str, Any]) -> int:
-    width = _first(config, "hidden_size", "n_embd")
-    if width is None:
-        raise SpecError("model", "config.json does not say the hidden size")
-    return width
-
-
-def _embedding_rows(kept: Mapping[str, TensorInfo]) -> int:
-    return max((info.shape[0] for name, info in kept.items() if _TOKENS.search(name)), default=0)
-
-
-def _first(config: Mapping[str, Any], *keys: str) -> int | None:
-    """The first of several spellings of a size. Raises SpecError if it is not a positive whole number."""
-    for key in keys:
-        value = config.get(key)
-        if value is not None:
-            if type(value) is not int or value < 1:
-                raise SpecError("model", f"config.json: {key} is {value!r}, not a positive whole number")
-            return value
-    return None
-
-
-def _ranges(found: set[int]) -> str:
-    """Indices for a message: `0-3, 5`."""
-    parts: list[list[int]] = []
-    for index in sorted(found):
-        if parts and index == parts[-1][-1] + 1:
-            parts[-1][1:] = [index]
-        else:
-            parts.append([index])
-    return ", ".join("-".join(map(str, part)) for part in parts) or "none"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantry.base import SpecError
+from quantry.checkpoint_checks import size_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class VisionFamily:
     norms: LayerNorm -> the layers that take its output. attention, after_activation: the attention module,
     and the layer that is fed by the MLP's non-linearity. norm: the last LayerNorm.
     pooled: what the head is given: the class token, that and the mean of the patches, or the mean.
+    special_tokens: the tokens beside the patches, as their embeddings are called.
     """
 
     model_type: str
@@ -31,6 +33,7 @@ class VisionFamily:
     attention: str = "attention"
     after_activation: str = "mlp.fc2"
     hierarchical: bool = False
+    special_tokens: tuple[str, ...] = ("cls_token",)
 
     @property
     def stem(self) -> str:
@@ -64,6 +67,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
             _NORMS,
             "deit.layernorm",
             "class",
+            special_tokens=("cls_token", "distillation_token"),
         ),
         VisionFamily(
             "dinov2",
@@ -85,6 +89,7 @@ VISION_FAMILIES: dict[str, VisionFamily] = {
             "swin.layernorm",
             "mean",
             hierarchical=True,
+            special_tokens=(),
         ),
     )
 }
@@ -109,3 +114,18 @@ def vision_family_of(config: Mapping[str, Any]) -> VisionFamily:
     if config.get("use_swiglu_ffn"):
         raise SpecError("model", "DINOv2 with a SwiGLU feed-forward network is not supported")
     return family
+
+
+def class_count(config: Mapping[str, Any]) -> int:
+    """Classes that the head of a classifier tells apart. Raises SpecError."""
+    names = config.get("id2label")
+    if names is None:
+        return size_of(config, "num_labels") or 2  # transformers' default
+    if not isinstance(names, Mapping) or not names:
+        raise SpecError("model", "config.json: id2label is not an object from class numbers to names")
+    return len(names)
+
+
+def activation_function(config: Mapping[str, Any]) -> str:
+    """The non-linearity of the feed-forward networks, as transformers calls it."""
+    return str(config.get("hidden_act", "gelu"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +11,16 @@ from quantry.contract import DatasetRef, JobSpec
 from quantry.headers import TensorInfo
 from quantry.recipe import dividing_group_sizes
 from quantry.reports import Estimate, LayerPlan
-from quantry.vision import VisionFamily, vision_family_of
+from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
+from quantry.vision_layers import (
+    block_values,
+    check_tensors,
+    is_quantized,
+    pixel_count,
+    stem_width,
+    tensors_in_memory,
+    token_count,
+)
 
 VISION_METHODS = (
     "rtn",
@@ -27,27 +35,19 @@ VISION_METHODS = (
 )
 _METRICS: tuple[Metric, ...] = ("top1", "top5", "kl")
 _RUNTIME_BYTES = 800 * 2**20
+_BATCH_IMAGES = 32  # that go through a block at once
 _CPU_RATE = (10e9, 200e9)  # operations a second and thread, slow and fast
 _CUDA_RATE = (5e12, 100e12)
 _SEARCH_PASSES = {"uniform": 2, "repq": 6, "igq": 12, "adalog": 200, "ptq4vit": 400}
-_RENAMED = (  # names on disk -> names in memory (transformers 5)
-    (
-        r"\.encoder\.layer\.(\d+)\.(?=attention\.|intermediate\.|output\.|layernorm|mlp\.|norm|layer_scale)",
-        r".layers.\1.",
-    ),
-    (r"\.attention\.(attention|self)\.(query|key|value)\.", lambda m: f".attention.{m[2][0]}_proj."),
-    (r"\.attention\.output\.dense\.", ".attention.o_proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
-)
-_LINEARS = re.compile(
-    r"(attention\.[qkvo]_proj|mlp\.fc[12]|downsample\.reduction|^classifier|patch_embeddings\.projection)\.weight$"
-)
 
 
 @dataclass(frozen=True)
 class VisionPlan:
-    """What a job on a classifier will do. `spec` has every default that depends on the model filled in."""
+    """What a job on a classifier will do. `spec` has every default that depends on the model filled in.
+
+    widest: columns of a layer, at most. Of one image: pixels, all channels together; stream, the values between
+    blocks, and block_values, those of the largest tensor inside one, at most.
+    """
 
     spec: JobSpec
     format: str
@@ -55,8 +55,12 @@ class VisionPlan:
     layers: tuple[LayerPlan, ...]
     parameters: int
     quantized_weights: int
-    largest_block: int
+    widest: int
+    classes: int
     tokens: int
+    pixels: int
+    stream: int
+    block_values: int
     fp_bytes: int
     quantized_bytes: int
     effective_bits: float
@@ -68,33 +72,19 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     if config.get("quantization_config"):
         raise SpecError("model", "the checkpoint is already quantized; give the full-precision one")
     family = vision_family_of(config)
-    _check_recipe(spec)
+    _check_recipe(spec, config)
     resolved = _resolve(spec)
-    named = {_in_memory(name, family): info for name, info in tensors.items()}
-    layers = {name: info for name, info in named.items() if _LINEARS.search(name)}
-    for wanted in (f"{family.stem}.weight", "classifier.weight"):
-        if wanted not in layers:
-            raise SpecError("model", f"the checkpoint lacks {wanted}; it is not a {family.architecture}")
-    step = resolved.weight_step
-    bits = scales = weights = 0
-    for name, info in layers.items():
-        rows, columns = info.shape[0], info.numel // max(1, info.shape[0])
-        if step.group_size and columns % step.group_size:
-            sizes = ", ".join(map(str, dividing_group_sizes(columns))) or "no usual size"
-            raise SpecError(
-                "recipe.0.group_size",
-                f"{step.group_size} does not divide the {columns} columns of {name}; {sizes} would, and null "
-                "gives one scale a row",
-            )
-        groups = columns // step.group_size if step.group_size else 1
-        weights += info.numel
-        scales += 16 * rows * groups
-        bits += step.bits * info.numel + 16 * rows * groups
-        bits += 0 if step.symmetric else step.bits * rows * groups
-        bits += 8 * _added_bytes(
-            spec, rows, _positions(name, config), f"{name.removesuffix('weight')}bias" in named
-        )
-    kept = sum(info.nbytes for name, info in named.items() if name not in layers)
+    named = tensors_in_memory(tensors)
+    check_tensors(family, config, named)
+    layers = {name: info for name, info in named.items() if is_quantized(name)}
+    tokens = token_count(family, config)
+    _check_groups(spec, layers)
+    bits = sum(
+        _layer_bits(spec, name, info, tokens, had_bias=f"{name.removesuffix('weight')}bias" in named)
+        for name, info in layers.items()
+    )
+    weights = sum(info.numel for info in layers.values())
+    kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
         spec=resolved,
         format="quantry",
@@ -102,8 +92,12 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         layers=tuple(_layer_plans(named, layers)),
         parameters=sum(info.numel for info in named.values()),
         quantized_weights=weights,
-        largest_block=max(info.numel for info in layers.values()),
-        tokens=_tokens(config),
+        widest=max(info.numel // info.shape[0] for info in layers.values()),
+        classes=class_count(config),
+        tokens=tokens,
+        pixels=pixel_count(family, config),
+        stream=tokens * stem_width(family, config),
+        block_values=block_values(family, config),
         fp_bytes=sum(info.nbytes for info in named.values()),
         quantized_bytes=kept + bits // 8,
         effective_bits=round(bits / weights, 4),
@@ -111,19 +105,29 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     )
 
 
-def estimate_vision(plan: VisionPlan, *, threads: int, cuda: bool) -> Estimate:
-    """Memory and time from counted operations; a wide range on purpose."""
-    spec = plan.spec
-    images = spec.calibration.samples
-    evaluated = spec.evaluation.samples if spec.evaluation else 0
-    streams = 1 + len(spec.evaluation.baselines) if spec.evaluation else 0
-    forward = 2.0 * plan.quantized_weights * plan.tokens
-    activation = spec.activation_step
-    search = _SEARCH_PASSES.get(activation.method, 2) if activation else 0
-    operations = forward * (images * (6 + search) + streams * (evaluated or 2000))
-    rates = _CUDA_RATE if cuda else tuple(rate * threads for rate in _CPU_RATE)
+def estimate_vision(
+    plan: VisionPlan,
+    *,
+    threads: int,
+    cuda: bool,
+    evaluation_images: int | None = None,
+    loaded_bytes: int = 0,
+) -> Estimate:
+    """The dry run's answer: memory and time from counted operations, a wide range on purpose.
+
+    Args:
+        evaluation_images: how many the evaluation could take, None where that is not known.
+        loaded_bytes: of the arrays of images that are read whole before some are chosen.
+    """
+    evaluated, warnings = _evaluated(plan.spec, evaluation_images), plan.warnings
+    if evaluated is None:
+        warnings = (
+            *warnings,
+            "the number of evaluation images is not known yet: their memory and time are left out",
+        )
+    low, high = _seconds(plan, evaluated or 0, threads=threads, cuda=cuda)
     return Estimate(
-        spec=spec,
+        spec=plan.spec,
         format=plan.format,
         architecture=plan.family.architecture,
         parameters=plan.parameters,
@@ -131,29 +135,76 @@ def estimate_vision(plan: VisionPlan, *, threads: int, cuda: bool) -> Estimate:
         fp_bytes=plan.fp_bytes,
         quantized_bytes=plan.quantized_bytes,
         effective_bits=plan.effective_bits,
-        peak_memory_bytes=int(
-            _RUNTIME_BYTES
-            + 4 * plan.parameters * 3
-            + 16 * plan.largest_block
-            + 4 * 4 * images * plan.tokens * 4096
-        ),
-        seconds_low=round(1 + operations / rates[1], 1),
-        seconds_high=round(40 + 4 * operations / rates[0], 1),
-        warnings=plan.warnings,
+        peak_memory_bytes=_peak_memory(plan, evaluated or 0) + loaded_bytes,
+        seconds_low=low,
+        seconds_high=high,
+        warnings=warnings,
     )
 
 
-def _positions(name: str, config: Mapping[str, Any]) -> int:
-    """Rows of a table of biases per position, at most: windows of Swin and merged patches have fewer."""
-    return 1 if name.startswith("classifier") else _tokens(config)
-
-
-def _added_bytes(spec: JobSpec, rows: int, positions: int, had_bias: bool) -> int:
-    """float32 biases that compensation adds to a layer."""
-    step = spec.compensation
-    if step is None:
+def _evaluated(spec: JobSpec, available: int | None) -> int | None:
+    """Images that will be evaluated, at most; None where that is not known."""
+    if spec.evaluation is None:
         return 0
-    return 4 * rows * (positions if step.granularity == "position_channel" else int(not had_bias))
+    counts = [count for count in (spec.evaluation.samples, available) if count is not None]
+    return min(counts, default=None)
+
+
+def _peak_memory(plan: VisionPlan, evaluated: int) -> int:
+    """Bytes at the worst moment: runtime, networks, pixels, a stream of values each, one batch, one Hessian.
+
+    All float32. The network is held as float, as round-to-nearest and as the result; a Hessian with its cross
+    moments, its factor and a work copy. A stream starts as a copy of the pixels; one at a time is held as it was
+    and as it will be.
+    """
+    calibrated = plan.spec.calibration.samples
+    streams = [calibrated, calibrated, *[evaluated] * _evaluation_streams(plan.spec)]
+    pixels = plan.pixels * (calibrated + evaluated)
+    values = max(plan.pixels, plan.stream) * sum(streams) + min(plan.pixels, plan.stream) * max(streams)
+    batch = 3 * _BATCH_IMAGES * plan.block_values
+    return _RUNTIME_BYTES + 4 * (3 * plan.parameters + pixels + values + batch + 4 * plan.widest**2)
+
+
+def _seconds(plan: VisionPlan, evaluated: int, *, threads: int, cuda: bool) -> tuple[float, float]:
+    """A range of wall-clock seconds once a worker has the job and the model is on its disk."""
+    activation = plan.spec.activation_step
+    search = _SEARCH_PASSES.get(activation.method, 2) if activation else 0
+    images = plan.spec.calibration.samples * (6 + search) + evaluated * _evaluation_streams(plan.spec)
+    operations = 2.0 * plan.quantized_weights * plan.tokens * images
+    slow, fast = _CUDA_RATE if cuda else [rate * threads for rate in _CPU_RATE]
+    return round(1 + operations / fast, 1), round(40 + 4 * operations / slow, 1)
+
+
+def _evaluation_streams(spec: JobSpec) -> int:
+    """Networks that the evaluation images go through."""
+    return 1 + len(spec.evaluation.baselines) if spec.evaluation else 0
+
+
+def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:
+    """That the groups of the weights divide the columns of every layer. Raises SpecError."""
+    group = spec.weight_step.group_size
+    for name, info in layers.items():
+        columns = info.numel // info.shape[0]
+        if group and columns % group:
+            sizes = ", ".join(map(str, dividing_group_sizes(columns))) or "no usual size"
+            raise SpecError(
+                "recipe.0.group_size",
+                f"{group} does not divide the {columns} columns of {name}; {sizes} would, and null "
+                "gives one scale a row",
+            )
+
+
+def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_bias: bool) -> int:
+    """Bits of codes, float16 scales, zero-points and the float32 biases that compensation adds."""
+    step, compensation, rows = spec.weight_step, spec.compensation, info.shape[0]
+    scales = info.numel // step.group_size if step.group_size else rows
+    bits = step.bits * info.numel + (16 if step.symmetric else 16 + step.bits) * scales
+    if compensation is None:
+        return bits
+    if compensation.granularity == "channel":
+        return bits + (0 if had_bias else 32 * rows)
+    positions = 1 if name.startswith("classifier") else tokens  # windows and merged patches have fewer
+    return bits + 32 * rows * positions
 
 
 def _warnings(spec: JobSpec) -> Iterator[str]:
@@ -162,12 +213,19 @@ def _warnings(spec: JobSpec) -> Iterator[str]:
         yield "a bias per position is stored for every layer, in float32: it can outweigh the packed weights"
 
 
-def _check_recipe(spec: JobSpec) -> None:
+def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
+    """That every step can work on this classifier. Raises SpecError."""
     for index, step in enumerate(spec.recipe):
         if step.method not in VISION_METHODS:
             raise SpecError(
                 f"recipe.{index}",
                 f"`{step.method}` does not work on image classifiers; these do: {', '.join(VISION_METHODS)}",
+            )
+        if step.method == "ptq4vit" and "gelu" not in activation_function(config):
+            raise SpecError(
+                f"recipe.{index}",
+                "the twin grid of `ptq4vit` is made for GELU, and this model's hidden_act is "
+                f"`{activation_function(config)}`: use another activation method, such as `uniform`",
             )
     if spec.format not in ("auto", "quantry"):
         raise SpecError(
@@ -223,33 +281,11 @@ def _images(spec: JobSpec, role: str) -> DatasetRef:
     )
 
 
-def _in_memory(name: str, family: VisionFamily) -> str:
-    """The tensor's name in memory, from the name on disk."""
-    for pattern, replacement in _RENAMED:
-        if ".encoder" in pattern and family.layers.endswith("encoder.layer"):
-            continue
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
 def _layer_plans(named: Mapping[str, TensorInfo], layers: Mapping[str, TensorInfo]) -> Iterator[LayerPlan]:
     for name, info in named.items():
         if len(info.shape) < 2 or not name.endswith(".weight"):
             continue
-        shape = (info.shape[0], info.numel // max(1, info.shape[0]))
+        shape = (info.shape[0], info.numel // info.shape[0])
         quantized = name in layers
         reason = None if quantized else "not a linear layer of a block"
         yield LayerPlan(name=name.removesuffix(".weight"), shape=shape, quantized=quantized, reason=reason)
-
-
-def _tokens(config: Mapping[str, Any]) -> int:
-    """Tokens of an image in the first block."""
-
-    def side(key: str, default: int) -> int:
-        value = config.get(key, default)
-        value = value[0] if isinstance(value, list) and value else value
-        if type(value) is not int or value < 1:
-            raise SpecError("model", f"config.json: {key} is {value!r}, not a positive whole number")
-        return value
-
-    return (side("image_size", 224) // max(1, side("patch_size", 16))) ** 2 + 1

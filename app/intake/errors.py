@@ -1,4 +1,4 @@
-"""What can be wrong with the model or the text that a request names."""
+"""What can be wrong with the model, the text or the images that a request names."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from app.shared.errors import ServiceError
 
 
 class InputRefused(ServiceError):
-    """The model or text cannot be used. `path` is the field of the request that names it."""
+    """The model or the data cannot be used. `path` is the field of the request that names it."""
 
     type = "input-refused"
-    title = "The model or text cannot be used"
+    title = "The model or the data cannot be used"
 
     def __init__(self, path: str, detail: str) -> None:
         super().__init__(detail)
@@ -28,12 +28,12 @@ class ModelNotFound(InputRefused):
 
 class DatasetRefused(InputRefused):
     type = "dataset-refused"
-    title = "The text cannot be used"
+    title = "The text or the images cannot be used"
 
 
 class DatasetNotFound(InputRefused):
     type = "dataset-not-found"
-    title = "The text does not exist"
+    title = "The text or the set of images does not exist"
 
 
 class HubUnreachable(InputRefused):

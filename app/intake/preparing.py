@@ -1,19 +1,21 @@
-"""From a request to a plan: model and texts looked at, revisions pinned, the recipe checked against both."""
+"""From a request to a plan: model and data looked at, revisions pinned, the recipe checked against both."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy.orm import Session
 
+from app.intake.datasets import Sources
 from app.intake.errors import ModelNotFound
 from app.intake.folders import Outside, below_roots, read_folder
 from app.intake.hub import Hub
+from app.intake.images import check_images, read_images
 from app.intake.texts import check_length, check_overlap, read_text
 from app.shared.settings import Settings
 from quantry.bundled import NotBundledError, bundled_model
-from quantry.contract import JobSpec, ModelRef
+from quantry.contract import DatasetRef, JobSpec, ModelRef
 from quantry.costs import estimate
 from quantry.planning import Plan, plan
 from quantry.reports import Estimate
@@ -23,10 +25,15 @@ from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
 
 @dataclass(frozen=True)
 class Prepared:
-    """The plan, and the length of the evaluation text in bytes where it is known."""
+    """The plan, and what is known of the evaluation's data: bytes of text, or images and the bytes of their arrays.
+
+    loaded_bytes: of the arrays of images that calibration and evaluation read whole.
+    """
 
     plan: Plan | VisionPlan
-    evaluation_bytes: int | None
+    evaluation_bytes: int | None = None
+    evaluation_images: int | None = None
+    loaded_bytes: int = 0
 
     @property
     def spec(self) -> JobSpec:
@@ -37,7 +44,13 @@ class Prepared:
         threads = settings.threads or os.cpu_count() or 1
         cuda = self.spec.device == "cuda" or (self.spec.device == "auto" and settings.device == "cuda")
         if isinstance(self.plan, VisionPlan):
-            return estimate_vision(self.plan, threads=threads, cuda=cuda)
+            return estimate_vision(
+                self.plan,
+                threads=threads,
+                cuda=cuda,
+                evaluation_images=self.evaluation_images,
+                loaded_bytes=self.loaded_bytes,
+            )
         return estimate(self.plan, threads=threads, cuda=cuda, evaluation_bytes=self.evaluation_bytes)
 
 
@@ -47,41 +60,48 @@ def prepare(spec: JobSpec, settings: Settings, *, session: Session, owner: str) 
     Raises SpecError, InputRefused and its kinds.
     """
     hub = Hub(settings.hub_url, settings.cache, settings.offline)
+    sources = Sources(settings, hub, session, owner)
     check_overlap(spec)
     ref, outside = _model(spec.model, settings, hub)
-    vision = is_vision(outside.config)
-    if vision:
-        spec = plan_vision(spec, outside.config, outside.tensors).spec
-    calibration = spec.calibration
-    text = read_text(
-        calibration.dataset,
-        "calibration",
-        images=vision,
-        settings=settings,
-        hub=hub,
-        session=session,
-        owner=owner,
-    )
-    calibration = calibration.model_copy(update={"dataset": text.ref})
-    evaluation, evaluation_bytes = spec.evaluation, None
-    if evaluation is not None:
-        other = read_text(
-            evaluation.dataset,
-            "evaluation",
-            images=vision,
-            settings=settings,
-            hub=hub,
-            session=session,
-            owner=owner,
-        )
-        evaluation = evaluation.model_copy(update={"dataset": other.ref})
-        evaluation_bytes = other.bytes
-    pinned = spec.model_copy(update={"model": ref, "calibration": calibration, "evaluation": evaluation})
-    if vision:
-        return Prepared(plan_vision(pinned, outside.config, outside.tensors), None)
+    spec = spec.model_copy(update={"model": ref})
+    if is_vision(outside.config):
+        return _classifier(spec, outside, sources)
+    return _language_model(spec, outside, sources)
+
+
+def _language_model(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
+    calibration = read_text(spec.calibration.dataset, "calibration", sources)
+    evaluation = None
+    if spec.evaluation is not None:
+        evaluation = read_text(spec.evaluation.dataset, "evaluation", sources)
+    pinned = _pinned(spec, calibration.ref, evaluation.ref if evaluation else None)
     planned = plan(pinned, outside.config, outside.tensors)
-    check_length(planned.spec, text)
-    return Prepared(planned, evaluation_bytes)
+    check_length(planned.spec, calibration)
+    return Prepared(planned, evaluation_bytes=evaluation.bytes if evaluation else None)
+
+
+def _classifier(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
+    planned = plan_vision(spec, outside.config, outside.tensors)  # its spec names the model's default images
+    calibration = read_images(planned.spec.calibration.dataset, "calibration", sources)
+    evaluation = None
+    if planned.spec.evaluation is not None:
+        evaluation = read_images(planned.spec.evaluation.dataset, "evaluation", sources)
+    check_images(planned.spec, planned.classes, calibration, evaluation)
+    pinned = _pinned(planned.spec, calibration.ref, evaluation.ref if evaluation else None)
+    counts = [found.counts for found in (calibration, evaluation) if found and found.counts]
+    return Prepared(
+        replace(planned, spec=pinned),
+        evaluation_images=evaluation.counts.images if evaluation and evaluation.counts else None,
+        loaded_bytes=sum(count.loaded_bytes for count in counts),
+    )
+
+
+def _pinned(spec: JobSpec, calibration: DatasetRef, evaluation: DatasetRef | None) -> JobSpec:
+    """The spec with the datasets as they were found."""
+    changed: dict[str, object] = {"calibration": spec.calibration.model_copy(update={"dataset": calibration})}
+    if spec.evaluation is not None:
+        changed["evaluation"] = spec.evaluation.model_copy(update={"dataset": evaluation})
+    return spec.model_copy(update=changed)
 
 
 def _model(ref: ModelRef, settings: Settings, hub: Hub) -> tuple[ModelRef, Outside]:

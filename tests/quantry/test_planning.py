@@ -238,7 +238,9 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (lambda c, t: t.update({LAYER: TensorInfo("F32", (8, 8))}), "block 0 has"),
         (lambda c, t: t.update({LAYER: TensorInfo("I8", (64, 32))}), "is I8"),
         (lambda c, t: c.update(num_hidden_layers=3), r"says 3 blocks, the checkpoint holds 2 \(0-1\)"),
+        (lambda c, t: c.update(num_hidden_layers=2**31 - 1), "says 2147483647 blocks"),
         (lambda c, t: c.update(num_hidden_layers="2"), "not a positive whole number"),
+        (lambda c, t: c.update(num_hidden_layers=2**31), "at most 2147483647"),
         (lambda c, t: c.update(hidden_size=16), "hidden size of 16"),
         (lambda c, t: c.pop("hidden_size"), "does not say the hidden size"),
         (lambda c, t: t.pop("lm_head.weight"), "no output head"),
@@ -246,6 +248,7 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (lambda c, t: c.update(model_type="mamba"), "'mamba' is not supported"),
         (lambda c, t: c.update(architectures=["LlamaModel"]), "no language-model head"),
         (lambda c, t: c.update(quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
+        (lambda c, t: c.update(quantization_config="gptq"), "already quantized"),
     ],
 )
 def test_a_model_that_cannot_be_used_is_refused(change: Any, fault: str) -> None:
@@ -253,6 +256,18 @@ def test_a_model_that_cannot_be_used_is_refused(change: Any, fault: str) -> None
     with pytest.raises(SpecError, match=fault) as caught:
         plan(JobRequest(model="a/b", bits=4).resolve(), config, tensors)
     assert caught.value.path == "model"
+
+
+@pytest.mark.parametrize(
+    "config", [{"do_layer_norm_before": False}, {"layer_norm_elementwise_affine": False}]
+)
+def test_smoothquant_is_refused_where_the_norms_take_no_scale(config: dict[str, Any]) -> None:
+    recipe = [{"method": "rtn", "bits": 8}, {"method": "smoothquant"}]
+    error = refusal("opt", config=config, recipe=recipe)
+    assert error.path == "recipe.1"
+    assert "smoothquant" in error.detail
+    assert planned("opt", recipe=recipe).quantized
+    assert planned("opt", config=config, recipe=recipe[:1]).quantized
 
 
 def test_a_tied_head_in_the_file_is_counted_once() -> None:

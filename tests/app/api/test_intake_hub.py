@@ -185,6 +185,18 @@ def test_a_text_of_the_hub_is_pinned_too(client: TestClient, hub: FakeHub, folde
     assert job.json()["spec"]["calibration"]["dataset"]["revision"] == commit
 
 
+def test_images_of_the_hub_are_not_counted_and_the_estimate_says_so(client: TestClient, hub: FakeHub) -> None:
+    hub.add("datasets", "someone/images", {"pets.npz": b"not read before the job runs"})
+    dataset = {"source": "hub", "id": "someone/images", "file": "pets.npz"}
+    body = {"model": "bundled/vit-tiny", "bits": 4, "method": "repq", "evaluation": {"dataset": dataset}}
+    warnings = client.post("/v1/estimates", json=body).json()["warnings"]
+    assert any("number of evaluation images is not known" in warning for warning in warnings)
+    assert not any("/resolve/" in path for _, path, _ in hub.requests)
+    body["evaluation"] = {"dataset": dataset, "samples": 100}
+    warnings = client.post("/v1/estimates", json=body).json()["warnings"]
+    assert not any("not known" in warning for warning in warnings)
+
+
 @pytest.mark.parametrize(
     ("dataset", "path"),
     [

@@ -97,7 +97,7 @@ def test_all_wrong_fields_are_named_at_once(client: TestClient) -> None:
 
 TEXTS: list[tuple[dict[str, Any], str, str]] = [
     ({"source": "bundled", "id": "bundled/nope"}, "dataset-not-found", "bundled/pydoc"),
-    ({"source": "upload", "id": "ds_nope"}, "dataset-not-found", "no uploaded text"),
+    ({"source": "upload", "id": "ds_nope"}, "dataset-not-found", "no uploaded dataset"),
     ({"source": "local", "id": "nope.txt"}, "dataset-not-found", "not below"),
     ({"source": "local", "id": "../data/quantry.db"}, "dataset-not-found", "not below"),
     ({"source": "local", "id": "tiny"}, "dataset-refused", "not a file"),

@@ -73,7 +73,8 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         raise SpecError("model", "the checkpoint is already quantized; give the full-precision one")
     family = vision_family_of(config)
     _check_recipe(spec, config)
-    resolved = _resolve(spec)
+    classes = class_count(config)
+    resolved = _resolve(spec, classes)
     named = tensors_in_memory(tensors)
     check_tensors(family, config, named)
     layers = {name: info for name, info in named.items() if is_quantized(name)}
@@ -93,7 +94,7 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         parameters=sum(info.numel for info in named.values()),
         quantized_weights=weights,
         widest=max(info.numel // info.shape[0] for info in layers.values()),
-        classes=class_count(config),
+        classes=classes,
         tokens=tokens,
         pixels=pixel_count(family, config),
         stream=tokens * stem_width(family, config),
@@ -239,7 +240,8 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
         raise SpecError("compute_dtype", "classifiers run in float32: leave it out")
 
 
-def _resolve(spec: JobSpec) -> JobSpec:
+def _resolve(spec: JobSpec, classes: int) -> JobSpec:
+    """The spec with its open settings filled in. Raises SpecError."""
     calibration = spec.calibration.model_copy(update={"dataset": _images(spec, "calibration")})
     for role, part in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
         if part is not None and part.sequence_length is not None:
@@ -257,6 +259,12 @@ def _resolve(spec: JobSpec) -> JobSpec:
             )
         if "kl" in metrics and "fp" not in evaluation.baselines:
             metrics = tuple(metric for metric in metrics if metric != "kl")
+        if not any(metric == "kl" or int(metric.removeprefix("top")) < classes for metric in metrics):
+            raise SpecError(
+                "evaluation.metrics",
+                f"{' and '.join(metrics)} of a model with {classes} classes is always 100 %: add `kl`, or `top1` "
+                "where there are two classes or more",
+            )
         if spec.accept.accuracy_drop_max is not None and "top1" not in metrics:
             raise SpecError(
                 "accept.accuracy_drop_max", "the gate looks at top1: add it to evaluation.metrics"

@@ -126,6 +126,8 @@ def _count_arrays(path: Path, name: str, split: Split, role: Role) -> Counts:
         if not parts:
             detail = f"{name} has no split {split!r}; it has {' and '.join(layout)}"
             raise DatasetRefused(f"{role}.dataset.split", detail)
+    if len({(part.images.shape[1:], part.labels is None) for part in parts}) > 1:
+        raise _UnfitError(f"{name}: train and test differ in the images' shape, or one has no labels")
     labels = _label_range(path, name, parts) if role == "evaluation" else None
     return Counts(images, labels, sum(part.images.nbytes for part in parts))
 

@@ -177,6 +177,28 @@ def test_ptq4vit_is_refused_without_gelu(activation: str) -> None:
     assert planned(config={"hidden_act": "gelu_new"}, method="ptq4vit").layers
 
 
+@pytest.mark.parametrize(
+    ("classes", "evaluation", "fine"),
+    [
+        (5, {"metrics": ["top5"]}, False),
+        (6, {"metrics": ["top5"]}, True),
+        (5, {"metrics": ["top5", "top1"]}, True),
+        (1, {"baselines": []}, False),
+        (1, {}, True),
+    ],
+)
+def test_metrics_that_can_only_be_perfect_are_refused(
+    classes: int, evaluation: dict[str, Any], fine: bool
+) -> None:
+    request = {"config": {"num_labels": classes}, "evaluation": {**IMAGES, **evaluation}}
+    if fine:
+        assert planned(**request).classes == classes
+        return
+    with pytest.raises(SpecError, match=f"of a model with {classes} classes is always") as caught:
+        planned(**request)
+    assert caught.value.path == "evaluation.metrics"
+
+
 def test_kept_tensors_are_written_as_float32() -> None:
     config, tensors = tiny("vit")
     half = {name: TensorInfo("F16", info.shape) for name, info in tensors.items()}

@@ -132,6 +132,9 @@ def test_a_split_that_is_not_there(client: TestClient, root: Path) -> None:
     dataset = uploaded(client, x_test=PIXELS, y_test=LABELS)
     detail = refused(client, request(dataset, dataset), "calibration.dataset.split")
     assert "has no split 'train'; it has test" in detail
+    unlike = {**uploaded(client, x_train=PIXELS, x_test=PIXELS[:, 1:]), "split": "all"}
+    detail = refused(client, request(unlike, None), "calibration.dataset.id")
+    assert "train and test differ" in detail
     single = uploaded(client, images=PIXELS[:1], labels=LABELS[:1])
     detail = refused(client, request(single, None, 1), "calibration.dataset.split")
     assert "holds no image" in detail

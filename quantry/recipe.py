@@ -189,7 +189,7 @@ CORRECTION_METHODS = ("bias_compensation", "softmax_bias")
 def check_recipe(recipe: tuple[Step, ...]) -> None:
     """One weight step, first; then at most one activation step; then each correction at most once.
 
-    Raises SpecError, also for a setting that the step would not look at.
+    Raises SpecError, also for a `percentile` that the step's clip would not look at.
     """
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(

@@ -31,7 +31,7 @@ def test_the_spec_file_of_vision_md_is_accepted() -> None:
 
 
 def test_vision_md_names_every_family_step_and_paper() -> None:
-    assert len(REQUESTS) == 2
+    assert len(REQUESTS) == 3
     for name in (*VISION_FAMILIES, *VISION_METHODS):
         assert f"`{name}`" in VISION
     for method in VISION_METHODS:

@@ -182,9 +182,7 @@ def test_what_a_classifier_cannot_take_is_refused(
 
 def test_metrics_that_can_only_be_perfect_are_refused(workspace: Workspace) -> None:
     dataset = {"source": "local", "id": "images.npz"}
-    request = job(
-        workspace, "vit", RECIPES["uniform"], evaluation={"dataset": dataset, "metrics": ["top5"]}
-    )
+    request = job(workspace, "vit", RECIPES["uniform"], evaluation={"dataset": dataset, "metrics": ["top5"]})
     with pytest.raises(RecipeError, match=r"evaluation\.metrics: top5 of a model with 5 classes"):
         quantize(workspace, request)
 

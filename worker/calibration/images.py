@@ -215,9 +215,7 @@ def _digest(image: Array) -> bytes:
     return hashlib.sha256(f"{squeezed.shape}".encode() + squeezed.tobytes()).digest()
 
 
-def pixels(
-    images: ImageSet, folder: Path, channels: int, tell: Tell = lambda done, total: None
-) -> Tensor:
+def pixels(images: ImageSet, folder: Path, channels: int, tell: Tell = lambda done, total: None) -> Tensor:
     """What the network takes, by the image processor of the checkpoint `folder`: (N, channels, H, W) float32.
 
     Grey images are repeated for a network of three channels. Images are decoded and processed one by one: no

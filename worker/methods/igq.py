@@ -186,7 +186,10 @@ def _allocated(
     overhead = {product.operand: product.overhead for product in model_products(model)}
     counts = list(next(iter(grouped.values())))
     costs = np.array(
-        [[overhead[name]({name: quantizer}) for quantizer in found.values()] for name, found in grouped.items()],
+        [
+            [overhead[name]({name: quantizer}) for quantizer in found.values()]
+            for name, found in grouped.items()
+        ],
         dtype=np.float64,
     )
     budget = float(costs[:, counts.index(uniform)].sum())

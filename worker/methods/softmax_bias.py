@@ -150,8 +150,8 @@ def correct_softmax(
         block: of a causal language model or a classifier, with attention `quantry`. It runs as it is, with
             whatever quantizers are on it, and is left as it was.
         attention: the attention module's path inside the block.
-        batches: (hidden, call), from the quantized prefix. A second run finds the largest probability where
-            `step.range` is max.
+        batches: (hidden, call), what enters the block; in a job, from the float network. A second run finds
+            the largest probability where `step.range` is max.
         quantizer: of the probabilities, where an activation step has one; None: the step's own uniform grid.
     Raises: CalibrationError if the block never showed a softmax, NonFiniteError.
     """

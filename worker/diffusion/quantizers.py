@@ -25,8 +25,7 @@ class StepQuantizer(nn.Module):
 
     scale: (rows, halves) float32, held as its logarithm, so that it stays positive and a learning rate is
     relative. zero_point: (rows, halves) float32, integers. `index` is the present step. split: channels of the
-    halves of a tensor (batch, channels, ...). The input of a layer that sees only the timestep is the same for
-    a whole batch and needs no more than a row a step.
+    halves of a tensor (batch, channels, ...). learned: whether calibration trains the step sizes.
     """
 
     def __init__(
@@ -37,10 +36,11 @@ class StepQuantizer(nn.Module):
         *,
         steps_per_row: int,
         split: tuple[int, int] | None = None,
+        learned: bool = True,
     ) -> None:
         super().__init__()
         assert scale.shape == zero_point.shape == (len(scale), 1 if split is None else 2)
-        self.bits, self.steps_per_row, self.split = bits, steps_per_row, split
+        self.bits, self.steps_per_row, self.split, self.learned = bits, steps_per_row, split, learned
         self.log_scale = nn.Parameter(scale.float().clamp(min=SMALLEST).log(), requires_grad=False)
         self.register_buffer("zero_point", zero_point.float())
         self.index = 0

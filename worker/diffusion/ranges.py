@@ -90,7 +90,12 @@ class _Site:
                 low[key], high[key] = mse_range(self.counts[key], low[key], high[key], bits=bits)
         grid = UniformQuantizer.covering(low, high, bits)
         return StepQuantizer(
-            bits, grid.scale, grid.zero_point, steps_per_row=self.steps_per_row, split=self.layer.split
+            bits,
+            grid.scale,
+            grid.zero_point,
+            steps_per_row=self.steps_per_row,
+            split=self.layer.split,
+            learned=self.layer.role != "time",
         )
 
 

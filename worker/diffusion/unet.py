@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -71,6 +71,11 @@ def image_shape(unet: Any) -> tuple[int, int, int]:
         raise ModelError("unet/config.json: sample_size is missing; set it to the size of an image")
     height, width = (size, size) if isinstance(size, int) else size
     return config.in_channels, height, width
+
+
+def layer_bits(layers: Iterable[UNetLayer], bits: int, edge_bits: int = 8) -> dict[str, int]:
+    """Bits by layer name: `edge_bits` for the layers that read and write the image, `bits` for all others."""
+    return {layer.name: edge_bits if layer.role in ("first", "last") else bits for layer in layers}
 
 
 def _role(name: str) -> Role:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -93,8 +92,6 @@ def _classifier(
 ) -> Prepared:
     spec = planned.spec
     model = VisionModel(folder, device=device)
-    if spec.evaluation is not None:
-        _check_metrics(spec.evaluation.metrics or (), model.classes)
     progress.stage(State.PREPARING, "reading the images")
     channels = model.image_shape[0]
     wanted = spec.calibration
@@ -115,15 +112,6 @@ def _classifier(
     progress.stage(State.PREPARING, "processing the evaluation images")
     evaluation = pixels(held, folder, channels, progress.advance)
     return _prepared(planned, folder, model, calibration, evaluation, held.name, judge, warnings, progress)
-
-
-def _check_metrics(metrics: Sequence[str], classes: int) -> None:
-    """That one of the metrics can differ from 1: top5 of five classes or fewer cannot. Raises RecipeError."""
-    if not any(metric == "kl" or int(metric.removeprefix("top")) < classes for metric in metrics):
-        raise RecipeError(
-            f"evaluation.metrics: {' and '.join(metrics)} of a model with {classes} classes is always 100 %: add "
-            "`kl`, or `top1` where there are two classes or more"
-        )
 
 
 def _check_size(model: VisionModel, images: Tensor) -> None:

@@ -36,16 +36,16 @@ def fit_quantizers(
     Args:
         network: without quantizers; its weights may be quantized already.
         bits: by layer name.
-        steps_per_row: consecutive steps that share a grid. Time layers have one a step, over their whole range.
-        clip: cover all that was seen (`none`), or search the range of least squared error, which only inner,
-            first and last layers do.
+        steps_per_row: consecutive steps that share a grid; time layers have one a step.
+        clip: cover all that was seen (`none`), or search the range of least squared error. Time layers and the
+            first always cover all, and are not trained: a latent that is clipped drifts further at every step.
     Raises: NonFiniteError, naming the layer.
     """
     sites = [_Site(layer, len(network.steps), steps_per_row) for layer in layers]
     _observe(network, sites, latents, _Site.see_range)
     for site in sites:
         site.check()
-    searched = [site for site in sites if clip == "mse" and site.layer.role != "time"]
+    searched = [site for site in sites if clip == "mse" and site.learned]
     if searched:
         _observe(network, searched, latents, _Site.see_counts)
     return {site.layer.name: site.quantizer(bits[site.layer.name]) for site in sites}
@@ -56,6 +56,7 @@ class _Site:
 
     def __init__(self, layer: UNetLayer, steps: int, steps_per_row: int) -> None:
         self.layer = layer
+        self.learned = layer.role not in ("time", "first")
         self.steps_per_row = 1 if layer.role == "time" else steps_per_row
         shape = (-(-steps // self.steps_per_row), 2 if layer.split else 1)
         self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
@@ -95,7 +96,7 @@ class _Site:
             grid.zero_point,
             steps_per_row=self.steps_per_row,
             split=self.layer.split,
-            learned=self.layer.role != "time",
+            learned=self.learned,
         )
 
 

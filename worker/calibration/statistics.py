@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -53,9 +55,7 @@ class InputStatistics:
             columns = flat[tokens].T
             if columns.dtype == torch.bfloat16 and columns.device.type == "cpu":
                 columns = columns.contiguous()  # products with a transposed view take up to twice the time
-            for low in range(0, len(columns), PANEL):  # H is symmetric: its upper triangle will do
-                panel = slice(low, low + PANEL)
-                add_product(self.hessian[: low + PANEL, panel], columns[: low + PANEL], flat[tokens, panel])
+            add_square(self.hessian, columns)
             if difference is not None and self.cross is not None:
                 add_product(self.cross.T, columns, difference[tokens])
 
@@ -80,8 +80,39 @@ class InputStatistics:
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
 
 
+def add_square(total: Tensor, columns: Tensor) -> None:
+    """Upper triangle of total += X X^T for X = `columns` (n, tokens), the products of two values summed in float32.
+
+    Rounding H itself to bfloat16 would drown its small eigenvalues where the largest is a thousand times theirs,
+    and (H + lambda I)^-1 with them.
+    """
+    exact = columns.device.type == "cpu" and columns.dtype == torch.bfloat16
+    if exact:
+        columns = columns.float()
+    with bfloat16_products(exact):
+        for low in range(0, len(columns), PANEL):
+            panel = slice(low, low + PANEL)
+            add_product(total[: low + PANEL, panel], columns[: low + PANEL], columns[panel].T)
+
+
+@contextmanager
+def bfloat16_products(wanted: bool) -> Iterator[None]:
+    """Let float32 products on a CPU multiply in bfloat16, and sum and answer in float32.
+
+    Exact for values that bfloat16 holds, and about twice as fast as float32.
+    """
+    precision = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = precision.fp32_precision
+    if wanted:
+        precision.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        precision.fp32_precision = before
+
+
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left right, for (n, tokens) and (tokens, m), summed in float32.
+    """total += left right, for (n, tokens) and (tokens, m).
 
     A product of bfloat16 rounds once on a CPU: over a few tokens at a time, that averages out.
     """

@@ -19,6 +19,7 @@ from quantry.recipe import AdalogStep, IgqStep, Ptq4vitStep, RepqStep, Smoothqua
 from quantry.reports import OperandReport
 from worker.block import Dressing
 from worker.calibration.streams import Stream
+from worker.memory import release_memory
 from worker.methods import adalog, igq, ptq4vit, repq, uniform
 from worker.methods.activations import Calibrated, Images, names_of, observe
 from worker.methods.smoothquant import Smoothed, input_maxima, input_quantizers, smooth_block
@@ -69,13 +70,17 @@ def calibrate_activations(
         _places(model, quantizers), {attention: result.bias for attention, result in corrected.items()}
     )
     reports = _reports(model, quantizers, calibration, corrected)
+    release_memory()
     return Activations(dressing, nearest, found.weights, baseline, reports)
 
 
 def _activation_step(
     model: VisionModel, spec: JobSpec, pixels: Tensor, progress: Progress
-) -> tuple[Calibrated, VisionModel, Dressing]:
-    """The step's own result, and the min-max baseline on a network that no method has rewritten."""
+) -> tuple[Calibrated, VisionModel | None, Dressing]:
+    """The step's own result, and the min-max baseline on a network that no method has rewritten.
+
+    Without an evaluation nothing is compared with, and there is no baseline.
+    """
     step = spec.activation_step
     assert step is not None
 
@@ -87,6 +92,8 @@ def _activation_step(
 
         return Images(pixels, spec.calibration.seed, spec.weight_step, progress.advance, begin)
 
+    if spec.evaluation is None:
+        return ACTIVATION_STEPS[type(step)](model, images(step.method), step), None, Dressing()
     untouched = VisionModel(model.folder, device=model.device)
     plain = UniformStep(bits=step.bits, softmax_bits=getattr(step, "softmax_bits", None))
     nearest = uniform.calibrate(untouched, images("round to nearest"), plain)

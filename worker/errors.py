@@ -38,7 +38,7 @@ class DatasetError(QuantizationError):
     """The text is missing, malformed, too short, or overlaps where it must not."""
 
     type = "dataset-refused"
-    title = "The text cannot be used"
+    title = "The text or the images cannot be used"
 
 
 class CalibrationError(QuantizationError):

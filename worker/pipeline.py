@@ -307,7 +307,10 @@ def _estimate(job: Prepared) -> dict[str, object]:
     names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
     cuda = job.model.device.type == "cuda"
     if isinstance(job.plan, VisionPlan):
-        guess = estimate_vision(job.plan, threads=torch.get_num_threads(), cuda=cuda)
+        images = None if job.evaluation is None else len(job.evaluation)
+        guess = estimate_vision(
+            job.plan, threads=torch.get_num_threads(), cuda=cuda, evaluation_images=images
+        )
         return guess.model_dump(mode="json", include=names)
     found = estimate(
         job.plan,

@@ -14,7 +14,7 @@ from quantry.layers.operands import attach, detach_all
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
 from quantry.recipe import GptqStep, RtnStep
-from worker.models.vision import BATCH_IMAGES, Operand, VisionModel
+from worker.models.vision import Operand, VisionModel
 
 
 @dataclass
@@ -81,9 +81,9 @@ def observe(
 def logits(model: VisionModel, pixels: Tensor, tell: Tell) -> Tensor:
     """As `model.logits`; `tell` hears how many of the images are done, after each batch."""
     parts: list[Tensor] = []
-    for part in torch.split(pixels, BATCH_IMAGES):
+    for part in torch.split(pixels, model.images_at_once):
         parts.append(model.logits(part))
-        tell(min(len(parts) * BATCH_IMAGES, len(pixels)), len(pixels))
+        tell(min(len(parts) * model.images_at_once, len(pixels)), len(pixels))
     return torch.cat(parts)
 
 

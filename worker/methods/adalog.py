@@ -22,7 +22,7 @@ from quantry.recipe import AdalogStep
 from worker.errors import NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
 from worker.methods.repq import reparameterize_norms, sampled
-from worker.models.vision import BATCH_IMAGES, Operand, VisionModel
+from worker.models.vision import Operand, VisionModel
 
 RESOLUTION = 37  # a base is 2**(k / RESOLUTION), k a positive integer: equation 6
 OCTAVES = 24  # a grid that reaches further down than scale * 2**-OCTAVES gains nothing
@@ -232,7 +232,7 @@ def sampled_attention(
 
     Raises: NonFiniteError for NaN or infinity.
     """
-    batches = math.ceil(len(images.pixels) / BATCH_IMAGES)
+    batches = math.ceil(len(images.pixels) / model.images_at_once)
     for start in range(0, len(attentions), PASS):
         collectors = {
             name: Collector(PAIRS // batches, torch.Generator().manual_seed(images.seed))

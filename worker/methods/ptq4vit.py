@@ -40,7 +40,7 @@ from worker.methods.ptq4vit_spaces import (
 )
 from worker.methods.rtn import on_grid
 from worker.methods.uniform import bits_of, ranges_of
-from worker.models.vision import BATCH_IMAGES, Operand, VisionModel
+from worker.models.vision import Operand, VisionModel
 
 DRAWS = 8  # labels drawn for an image
 TOKENS = 1024  # rows of a linear layer that are kept
@@ -163,7 +163,8 @@ def kept_rows(
     """
     kept: dict[str, tuple[Tensor, ...]] = {}
     chance = torch.Generator().manual_seed(images.seed)
-    batches = (torch.split(images.pixels, BATCH_IMAGES), torch.split(labels, BATCH_IMAGES, dim=1))
+    count = model.images_at_once
+    batches = (torch.split(images.pixels, count), torch.split(labels, count, dim=1))
     for pixels, y in zip(*batches, strict=True):
         for name, tensors in _seen(model, operands, pixels.to(model.device), y, step).items():
             keys = torch.rand(len(tensors[0]), generator=chance).to(model.device)

@@ -20,7 +20,7 @@ from quantry.quantizers.logarithmic import LogQuantizer
 from quantry.recipe import RepqStep
 from worker.errors import NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
-from worker.models.vision import BATCH_IMAGES, Operand, VisionModel
+from worker.models.vision import Operand, VisionModel
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
 SAMPLE = 1 << 20  # values kept of an operand
@@ -240,7 +240,7 @@ def sampled(
     Of each about SAMPLE values are kept, and `most` rows; random rows of every batch alike, PASS operands at a time.
     Raises: NonFiniteError for NaN or infinity.
     """
-    batches = math.ceil(len(images.pixels) / BATCH_IMAGES)
+    batches = math.ceil(len(images.pixels) / model.images_at_once)
     for start in range(0, len(operands), PASS):
         part = operands[start : start + PASS]
         chance = torch.Generator().manual_seed(images.seed)

@@ -25,7 +25,9 @@ from worker.errors import ModelError, NonFiniteError
 from worker.models.calls import BlockCall
 from worker.models.network import join
 
-BATCH_IMAGES = 32
+BATCH_IMAGES = 32  # at most
+HEAD_WIDTH = 64  # as these networks have it
+BATCH_VALUES = 1 << 22  # of the widest tensor of a batch, on a CPU; sixteen times as many on a GPU
 
 
 @dataclass(frozen=True)
@@ -126,10 +128,25 @@ class VisionModel:
         height, width = (size, size) if isinstance(size, int) else size
         return int(self.config.num_channels), int(height), int(width)
 
+    @cached_property
+    def images_at_once(self) -> int:
+        """How many images go through the network together: so many that their widest tensor stays small."""
+        stem = self.network.get_submodule(self.family.stem)
+        pixels = self.image_shape[1] * self.image_shape[2]
+        tokens = pixels // (stem.kernel_size[0] * stem.kernel_size[1])
+        keys = getattr(self.config, "window_size", None)
+        keys = tokens if keys is None else keys**2
+        widest = tokens * stem.out_channels * max(4, keys // HEAD_WIDTH)  # of the MLP, of all heads' scores
+        values = BATCH_VALUES * (16 if self.device.type == "cuda" else 1)
+        return min(BATCH_IMAGES, max(1, int(values // max(1, widest))))
+
     @torch.no_grad()
-    def logits(self, pixels: Tensor, batch: int = BATCH_IMAGES) -> Tensor:
+    def logits(self, pixels: Tensor) -> Tensor:
         """(N, classes) float32, with whatever quantizers are attached to the network."""
-        parts = [self.network(part.to(self.device)).logits.float() for part in torch.split(pixels, batch)]
+        parts = [
+            self.network(part.to(self.device)).logits.float()
+            for part in torch.split(pixels, self.images_at_once)
+        ]
         return torch.cat(parts)
 
     @contextmanager
@@ -164,7 +181,7 @@ class VisionModel:
         return pixels.to(self.device, self.dtype), [block.call for block in self._blocks]
 
     def batch(self, inputs: Tensor) -> int:
-        return BATCH_IMAGES
+        return self.images_at_once
 
     def attention(self, index: int) -> str | None:
         return self.family.attention if self.groups(index) == self.family.groups else None

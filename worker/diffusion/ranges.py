@@ -36,9 +36,9 @@ def fit_quantizers(
     Args:
         network: without quantizers; its weights may be quantized already.
         bits: by layer name.
-        steps_per_row: consecutive steps that share a grid; time layers have one a step.
+        steps_per_row: consecutive steps that share a grid; time layers have one a step, the first one for all.
         clip: cover all that was seen (`none`), or search the range of least squared error. Time layers and the
-            first always cover all, and are not trained: a latent that is clipped drifts further at every step.
+            first cover all and are not trained: a latent that is clipped drifts further at every step.
     Raises: NonFiniteError, naming the layer.
     """
     sites = [_Site(layer, len(network.steps), steps_per_row) for layer in layers]
@@ -57,7 +57,7 @@ class _Site:
     def __init__(self, layer: UNetLayer, steps: int, steps_per_row: int) -> None:
         self.layer = layer
         self.learned = layer.role not in ("time", "first")
-        self.steps_per_row = 1 if layer.role == "time" else steps_per_row
+        self.steps_per_row = {"time": 1, "first": steps}.get(layer.role, steps_per_row)
         shape = (-(-steps // self.steps_per_row), 2 if layer.split else 1)
         self.low, self.high = torch.full(shape, torch.inf), torch.full(shape, -torch.inf)
         self.counts: Tensor | None = None

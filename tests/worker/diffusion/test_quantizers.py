@@ -101,12 +101,16 @@ def test_grids_follow_the_steps_of_their_row(make_unet: MakeUNet) -> None:
     unet = make_unet()
     _, rows = observed(unet, steps_per_row=2, clip="none")
     _, shared = observed(unet, steps_per_row=4, clip="none")
-    assert rows["conv_in"].scale.shape == (2, 1)
-    assert rows["conv_in"].scale[1] > 1.2 * rows["conv_in"].scale[0]  # later latents are larger here
-    torch.testing.assert_close(rows["conv_in"].scale.amax(), shared["conv_in"].scale.squeeze())
-    assert rows["time_embedding.linear_1"].scale.shape == (4, 1)
-    split = next(layer for layer in layers_of(unet) if layer.split)
-    assert rows[split.name].scale.shape == (2, 2)
+    layers = layers_of(unet)
+    for layer in layers:
+        found = rows[layer.name].scale
+        expected = {"time": 4, "first": 1}.get(layer.role, 2)
+        assert found.shape == (expected, 2 if layer.split else 1)
+        assert rows[layer.name].learned == (layer.role in ("inner", "last"))
+    torch.testing.assert_close(rows["conv_in"].scale, shared["conv_in"].scale)
+    skip = next(layer.name for layer in layers if layer.name.endswith("conv_shortcut") and layer.split)
+    assert rows[skip].scale[1, 1] > 1.2 * rows[skip].scale[0, 1]  # later latents are larger here
+    assert rows[skip].scale[1, 1] <= shared[skip].scale[0, 1]
 
 
 def test_eight_bits_change_little_and_four_more(make_unet: MakeUNet) -> None:

@@ -113,7 +113,8 @@ class BlockQuantizer:
         if self.sequential:
             for group in groups:
                 statistics = self._gather(index, block.module, group, *passages)
-                release_memory()
+                if group is groups[-1]:  # the widest: memory peaks here
+                    release_memory()
                 self._quantize_group(index, group, statistics, block, late)
                 del statistics
         else:

@@ -115,6 +115,9 @@ def test_schedulers_without_a_linear_step_are_refused(scheduler: Any, message: s
 def test_steps_that_cannot_be_taken_are_refused(count: int, eta: float, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         read_steps(DDIMScheduler(clip_sample=False), count, eta=eta)
+
+
+def test_steps_that_the_scheduler_does_not_have_are_refused() -> None:
     with pytest.raises(RecipeError, match="DDPM"):
         read_steps(DDPMScheduler(clip_sample=False), 10, eta=0.5)
     with pytest.raises(RecipeError, match="steps_offset"):

@@ -24,7 +24,11 @@ _RENAMED = (  # names on disk -> names in memory
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(\d)\.output\.dense\.", r"\1.mlp.fc2."),
 )  # fmt: skip
-_COMPUTED = re.compile(r"\.relative_position_index$")  # buffers that old checkpoints carry
+UNREAD = (
+    re.compile(  # a buffer of old checkpoints, and what pretraining leaves behind: classifiers use neither
+        r"\.relative_position_index$|\.pooler\.dense\.(weight|bias)$"
+    )
+)
 _QUANTIZED = re.compile(
     r"(attention\.[qkvo]_proj|mlp\.fc[12]|downsample\.reduction|^classifier|patch_embeddings\.projection)\.weight$"
 )
@@ -56,7 +60,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {  # of transformers' config classes
 
 def tensors_in_memory(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors that the model reads, by their name in memory."""
-    return {_in_memory(name): info for name, info in tensors.items() if not _COMPUTED.search(name)}
+    return {_in_memory(name): info for name, info in tensors.items() if not UNREAD.search(name)}
 
 
 def is_quantized(name: str) -> bool:

@@ -143,8 +143,8 @@ BLOCK = "vit.layers.1"
         ),
         (
             "vit",
-            lambda c, t: t.update({"vit.pooler.dense.bias": TensorInfo("F32", (32,))}),
-            "holds vit.pooler",
+            lambda c, t: t.update({"vit.extra.dense.bias": TensorInfo("F32", (32,))}),
+            "holds vit.extra",
         ),
         ("vit", lambda c, t: c.update(num_hidden_layers=3), r"says 3 blocks, the checkpoint holds 2 \(0-1\)"),
         ("vit", lambda c, t: c.update(num_hidden_layers=2**31 - 1), "says 2147483647 blocks"),

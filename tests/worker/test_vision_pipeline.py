@@ -9,7 +9,7 @@ import factories
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
@@ -99,6 +99,16 @@ def test_a_swin_whose_size_is_no_multiple_of_its_patch_is_padded(workspace: Work
     factories.write_classifier(root / "model", "swin", image_size=15)
     report = quantize(workspace, request).report
     assert float(report.verification["relative_difference"]) < 1e-4
+
+
+def test_the_pooler_of_a_pretrained_network_is_left_out(workspace: Workspace) -> None:
+    request = job(workspace, "vit", RECIPES["weights"])
+    file = workspace.model_roots[0] / "model" / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "vit.pooler.dense.weight": torch.zeros(32, 32)}, file, metadata={"format": "pt"})
+    assert isinstance(quantize(workspace, request), Succeeded)
+    written = load_file(workspace.artifact / "model.safetensors")
+    assert not any("pooler" in name for name in written)
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

@@ -21,6 +21,7 @@ from transformers.models.swin.modeling_swin import SwinStage
 
 from quantry.layers.operands import use_quantized_attention
 from quantry.vision import VisionFamily, vision_family_of
+from quantry.vision_layers import UNREAD
 from worker.errors import ModelError, NonFiniteError
 from worker.models.calls import BlockCall
 from worker.models.network import join
@@ -112,8 +113,9 @@ class VisionModel:
             output_loading_info=True,
         )
         for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            if info[kind]:
-                first = sorted(str(key) for key in info[kind])[0]
+            wrong = sorted(name for name in map(str, info[kind]) if not UNREAD.search(name))
+            if wrong:
+                first = wrong[0]
                 raise ModelError(f"{self.folder.name}: {kind.replace('_', ' ')}, such as {first}")
         return model
 

@@ -231,6 +231,18 @@ def foldable_norms(family: Family, config: Mapping[str, Any]) -> Mapping[str, tu
     return family.norms
 
 
+def block_halves(family: Family, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
+    """The norm, attention and second norm of a block whose MLP reads what its attention has added to the residual stream.
+
+    None where a norm stands behind an addition, or attention and MLP read the same.
+    """
+    parallel = family.model_type == "gpt_neox" and config.get("use_parallel_residual", True)
+    if parallel or (family.model_type == "opt" and not config.get("do_layer_norm_before", True)):
+        return None
+    first, second = family.norms
+    return first, family.groups[0][0].rpartition(".")[0], second
+
+
 def block_bias_layer(family: Family, config: Mapping[str, Any]) -> str | None:
     """The layer into which a bias on the block's output merges; None where a norm follows the last layer."""
     if family.model_type == "opt" and not config.get("do_layer_norm_before", True):

@@ -53,6 +53,13 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "n_positions": 64,
     },
     "gpt_neox": {"model_type": "gpt_neox", **_SMALL, "num_attention_heads": 4, "max_position_embeddings": 64},
+    "gpt_neox-sequential": {
+        "model_type": "gpt_neox",
+        **_SMALL,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 64,
+        "use_parallel_residual": False,
+    },
 }
 
 _IMAGES = {"image_size": 16, "num_channels": 3, "num_labels": 5}

@@ -14,6 +14,7 @@ from quantry.layers.operands import attach, set_probability_bias
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep
+from worker.calibration.halves import Halves, Parts
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
 from worker.calibration.walk import Passage, passage
@@ -157,16 +158,20 @@ class BlockQuantizer:
         given: Stream | None,
         floating: Stream | None,
     ) -> tuple[Passage | None, Passage | None]:
-        stops = [group[0] for group in self.model.groups(index)]
-        columns = max(self.model.columns(join(self.model.prefix(index), name)) for name in stops)
         pairs = ((block.module, given), (original, floating))
-        first, second = (
-            passage(module, [module.get_submodule(n) for n in stops], stream, index, columns)
-            if stream
-            else None
-            for module, stream in pairs
-        )
+        first, second = (self._passage(index, module, stream) if stream else None for module, stream in pairs)
         return first, second
+
+    def _passage(self, index: int, module: nn.Module, stream: Stream) -> Passage:
+        names = [group[0] for group in self.model.groups(index)]
+        layers = [module.get_submodule(name) for name in names]
+        halves = self.model.halves
+        if halves is not None and self._float_leaves and not self.dressing.quantizers:
+            return Halves(
+                module, Parts(*(module.get_submodule(part) for part in halves)), layers, stream, index
+            )
+        columns = max(self.model.columns(join(self.model.prefix(index), name)) for name in names)
+        return passage(module, layers, stream, index, columns)
 
     def _gather(
         self,
@@ -183,12 +188,16 @@ class BlockQuantizer:
         columns = self.model.columns(name)
         statistics: InputStatistics | None = None
         leave = self._float_leaves and group is self.model.groups(index)[-1]
-        floats = repeat(None) if floating is None else floating.inputs(leave=leave)
-        for x_f, x_q in zip(floats, given.inputs(), strict=False):  # floats first: the last batch leaves, too
-            tokens = [None if x is None else self._tokens(block, group[0], x, columns) for x in (x_q, x_f)]
-            assert tokens[0] is not None
-            statistics = statistics or self._statistics(tokens[0])
-            statistics.update(tokens[0], tokens[1])
+        inputs = given.inputs()
+        for x_f in repeat(None) if floating is None else floating.inputs(leave=leave):
+            x_q = next(inputs, None)
+            if x_q is None:
+                break
+            seen = self._tokens(block, group[0], x_q, columns)
+            statistics = statistics or self._statistics(seen)
+            statistics.update(seen, None if x_f is None else self._tokens(block, group[0], x_f, columns))
+            del x_f, x_q, seen  # the next forward has their memory
+        next(inputs, None)  # it has ended
         if statistics is None:
             raise CalibrationError(f"calibration gave {name} no token: give more windows")
         return statistics.mean(name)

@@ -12,8 +12,10 @@ from torch import Tensor
 from quantry.quantizers.affine import QuantizedWeight
 from quantry.recipe import GptqStep, RtnStep
 from worker.calibration.statistics import InputStatistics
-from worker.methods.gptq import gptq
+from worker.methods.gptq import factorize, gptq
 from worker.methods.rtn import rtn
+
+CPU_ROWS = 1536  # swept together: a few copies of them are alive, and more would not be quicker
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,26 @@ def _rtn(weights: list[Tensor], statistics: InputStatistics | None, step: RtnSte
 
 
 def _gptq(weights: list[Tensor], statistics: InputStatistics | None, step: GptqStep) -> WeightResult:
-    """The layers of a group share H, so their rows are swept together."""
+    """The layers of a group share H, so their rows are swept together, as many at a time as stay small."""
     assert statistics is not None  # needs_statistics
-    result = gptq(torch.cat(weights), statistics, step)
-    return WeightResult(_unstack(result.weight, [len(w) for w in weights]), result.damping)
+    assert statistics.hessian is not None
+    factor = factorize(statistics.hessian, damping=step.damping, act_order=step.act_order == "static")
+    rows = torch.cat(weights)
+    at_once = CPU_ROWS if rows.device.type == "cpu" else len(rows)
+    swept = [gptq(part, statistics, step, factor).weight for part in torch.split(rows, at_once)]
+    return WeightResult(_unstack(swept, [len(w) for w in weights]), factor.damping)
 
 
-def _unstack(weight: QuantizedWeight, rows: list[int]) -> list[QuantizedWeight]:
+def _unstack(swept: list[QuantizedWeight], rows: list[int]) -> list[QuantizedWeight]:
+    first = swept[0]
     parts = zip(
-        torch.split(weight.codes, rows),
-        torch.split(weight.scale, rows),
-        torch.split(weight.zero_point, rows),
+        *(
+            torch.split(torch.cat([getattr(weight, name) for weight in swept]), rows)
+            for name in ("codes", "scale", "zero_point")
+        ),
         strict=True,
     )
-    return [QuantizedWeight(c, s, z, weight.bits, weight.group_size, weight.symmetric) for c, s, z in parts]
+    return [QuantizedWeight(*part, first.bits, first.group_size, first.symmetric) for part in parts]
 
 
 WEIGHT_STEPS: dict[type, Callable[[list[Tensor], InputStatistics | None, Any], WeightResult]] = {

@@ -115,15 +115,29 @@ def test_another_fingerprint_starts_over(tmp_path: Path) -> None:
     assert BlockStore(tmp_path / "store", "y").finished() == 0
 
 
-@pytest.mark.parametrize("name", ["llama", "opt-post-ln", "gpt2", "gpt_neox", "gemma3_text"])
-def test_walking_and_rerunning_a_block_give_the_same_bits(
+@pytest.mark.parametrize("name", sorted(factories.ARCHITECTURES))
+def test_every_passage_through_a_block_gives_the_same_bits(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = factories.write_checkpoint(tmp_path / "model", name)
+    sweep(folder, tmp_path / "halves", GPTQ, BIAS)
+    monkeypatch.setattr(CausalLM, "halves", None)
     sweep(folder, tmp_path / "walk", GPTQ, BIAS)
     monkeypatch.setattr(walk, "WALK_SHARE", float("inf"))  # no memory to walk in
     sweep(folder, tmp_path / "rerun", GPTQ, BIAS)
-    assert stored(tmp_path / "walk") == stored(tmp_path / "rerun")
+    assert stored(tmp_path / "halves") == stored(tmp_path / "walk") == stored(tmp_path / "rerun")
+
+
+def test_which_blocks_are_taken_half_by_half(tmp_path: Path) -> None:
+    def halves(name: str) -> tuple[str, str, str] | None:
+        folder = factories.write_checkpoint(tmp_path / name, name)
+        return CausalLM(folder, device=torch.device("cpu"), dtype=torch.float32).halves
+
+    assert halves("opt") == ("self_attn_layer_norm", "self_attn", "final_layer_norm")
+    assert halves("gemma3_text") == ("input_layernorm", "self_attn", "pre_feedforward_layernorm")
+    assert halves("opt-post-ln") is None  # its norms stand behind the additions
+    assert halves("gpt_neox") is None  # attention and MLP read the same residual stream
+    assert halves("gpt_neox-sequential") is not None
 
 
 def mean_error(run: BlockSweep) -> float:

@@ -48,16 +48,16 @@ class InputStatistics:
             self.sum_f += x_f.sum(axis, dtype=torch.float32)
         if self.hessian is None:
             return
-        difference = (x_f - x_q).flatten(0, 1) if x_f is not None and self.cross is not None else None
         flat = x_q.flatten(0, 1)
+        floating = x_f.flatten(0, 1) if x_f is not None and self.cross is not None else None
         for start in range(0, len(flat), PRODUCT_TOKENS):
             tokens = slice(start, start + PRODUCT_TOKENS)
             columns = flat[tokens].T
             if columns.dtype == torch.bfloat16 and columns.device.type == "cpu":
                 columns = columns.contiguous()  # products with a transposed view take up to twice the time
             add_square(self.hessian, columns)
-            if difference is not None and self.cross is not None:
-                add_product(self.cross.T, columns, difference[tokens])
+            if floating is not None and self.cross is not None:
+                add_product(self.cross.T, columns, floating[tokens] - flat[tokens])
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens; the sums are used up.
@@ -75,9 +75,18 @@ class InputStatistics:
         rows = t if self.sum_q.ndim == 1 else t // len(self.sum_q)
         hessian = None if self.hessian is None else self.hessian.triu_().div_(t)
         if hessian is not None:
-            hessian = hessian + hessian.triu(1).T
+            mirror_upper(hessian)
         cross = None if self.cross is None else self.cross.div_(t)
         return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
+
+
+def mirror_upper(matrix: Tensor) -> None:
+    """Make (n, n) symmetric, its lower triangle from its upper one, a panel at a time."""
+    for low in range(0, len(matrix), PANEL):
+        panel = slice(low, low + PANEL)
+        matrix[low + PANEL :, panel] = matrix[panel, low + PANEL :].T
+        corner = matrix[panel, panel]
+        corner += corner.triu(1).T
 
 
 def add_square(total: Tensor, columns: Tensor) -> None:

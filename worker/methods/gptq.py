@@ -74,14 +74,15 @@ def _inverse_root(h: Tensor, order: Tensor) -> Tensor | None:
     With J the reversal, J h J = L L^T gives h = (J L J)(J L J)^T, so U = (J L J)^-1.
     """
     reverse = order.flip(0)
-    lower, info = torch.linalg.cholesky_ex(h[reverse.unsqueeze(1), reverse])
+    lower = h[reverse.unsqueeze(1), reverse].T  # symmetric; columns together in memory, so factored in place
+    info = torch.empty((), dtype=torch.int32, device=h.device)
+    torch.linalg.cholesky_ex(lower, out=(lower, info))
     if int(info) != 0 or not torch.isfinite(lower.diagonal()).all():
         return None
     root = lower.flip(0, 1)
     del lower
-    inverse = torch.zeros_like(h)
-    invert_upper(root, inverse)
-    return inverse
+    invert_upper(root)
+    return root
 
 
 def shifted_target(w: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:

@@ -30,18 +30,18 @@ def times_transpose(x: Tensor, upper: Tensor) -> Tensor:
     return out
 
 
-def invert_upper(upper: Tensor, out: Tensor) -> None:
-    """Write U^-1 over the upper triangle of `out`, (n, n); what lies below it stays.
+def invert_upper(upper: Tensor) -> None:
+    """Replace U (n, n), zero below its diagonal, by U^-1.
 
     [A B; 0 D]^-1 = [A^-1, -A^-1 B D^-1; 0, D^-1].
     """
     n = len(upper)
     if n <= BLOCK:
         identity = torch.eye(n, dtype=upper.dtype, device=upper.device)
-        out.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
+        upper.copy_(torch.linalg.solve_triangular(upper, identity, upper=True))
         return
     first, second = slice(n // 2), slice(n // 2, n)
-    invert_upper(upper[first, first], out[first, first])
-    invert_upper(upper[second, second], out[second, second])
-    inner = out[first, first] @ upper[first, second]
-    torch.mm(inner.neg_(), out[second, second], out=out[first, second])
+    invert_upper(upper[first, first])
+    invert_upper(upper[second, second])
+    inner = upper[first, first] @ upper[first, second]
+    torch.mm(inner.neg_(), upper[second, second], out=upper[first, second])

@@ -18,14 +18,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantry.families import Family, block_bias_layer, family_of
+from quantry.families import Family, block_bias_layer, block_halves, family_of
 from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
 from worker.models.attention import use_tiles
 from worker.models.calls import BlockCall
 from worker.models.tensors import Checkpoint
 
-BATCH_TOKENS = 2048  # windows that run together hold about this many tokens
+BATCH_TOKENS = {"cpu": 1024}  # windows that run together hold about this many tokens; elsewhere OTHER_TOKENS
+OTHER_TOKENS = 2048
 
 
 @dataclass
@@ -82,10 +83,14 @@ class CausalLM:
         return self.family.groups
 
     def batch(self, inputs: Tensor) -> int:
-        return max(1, BATCH_TOKENS // inputs.shape[1])
+        return max(1, BATCH_TOKENS.get(self.device.type, OTHER_TOKENS) // inputs.shape[1])
 
     def attention(self, index: int) -> str | None:
         return self.family.groups[0][0].rpartition(".")[0]
+
+    @property
+    def halves(self) -> tuple[str, str, str] | None:
+        return block_halves(self.family, self.config.to_dict())
 
     def output_layer(self, index: int) -> str | None:
         return block_bias_layer(self.family, self.config.to_dict())

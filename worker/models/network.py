@@ -42,6 +42,11 @@ class Network(Protocol):
 
     def bias(self, name: str) -> Tensor | None: ...
 
+    @property
+    def halves(self) -> tuple[str, str, str] | None:
+        """Of blocks that compute mid = x + attention(norm(x)) and mid + mlp(norm(mid)): the first norm, the attention
+        and the second norm, by name inside the block. None for other blocks."""
+
     def attention(self, index: int) -> str | None:
         """The attention module inside a block; None where it has none."""
 

@@ -14,7 +14,7 @@ from quantry.families import Family
 from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 from worker.errors import ModelError
 
-COPY_BYTES = 1 << 24
+COPY_BYTES = 1 << 21
 
 
 class Checkpoint:

@@ -182,6 +182,10 @@ class VisionModel:
         """What enters the first block: the pixels themselves."""
         return pixels.to(self.device, self.dtype), [block.call for block in self._blocks]
 
+    @property
+    def halves(self) -> None:
+        return None
+
     def batch(self, inputs: Tensor) -> int:
         return self.images_at_once
 

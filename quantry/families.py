@@ -232,7 +232,7 @@ def foldable_norms(family: Family, config: Mapping[str, Any]) -> Mapping[str, tu
 
 
 def block_halves(family: Family, config: Mapping[str, Any]) -> tuple[str, str, str] | None:
-    """The norm, attention and second norm of a block whose MLP reads what its attention has added to the residual stream.
+    """The norm, attention and second norm of a block whose MLP reads what its attention added to the residual stream.
 
     None where a norm stands behind an addition, or attention and MLP read the same.
     """

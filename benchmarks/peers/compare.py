@@ -19,6 +19,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from worker.prepare import multiplies_bfloat16
+
 HERE = Path(__file__).resolve().parent
 BENCH = HERE.parent.parent / ".bench"
 SIDES: dict[str, tuple[str, str, list[str]]] = {  # name: (environment, script, options)
@@ -29,6 +33,7 @@ SIDES: dict[str, tuple[str, str, list[str]]] = {  # name: (environment, script, 
     "quantry": ("", "run_quantry.py", ["--recipe", "default"]),
     "quantry-compensated": ("", "run_quantry.py", ["--recipe", "compensated"]),
 }
+FLOAT32 = not multiplies_bfloat16(torch.device("cpu"))  # then nobody's forwards are in bfloat16
 COLUMNS = ("perplexity", "cpu_s", "wall_s", "rss_before_mib", "rss_peak_mib", "rss_extra_mib")
 
 
@@ -66,11 +71,8 @@ def measure(checkpoint: Path, windows: Path, threads: int, kept: Path) -> float:
     """Perplexity of a plain checkpoint, by our environment's script; `kept` remembers it."""
     if not kept.exists():
         log = kept.with_suffix(".log")
-        call(
-            [sys.executable, str(HERE / "perplexity.py"), str(checkpoint), str(windows), "--bfloat16"],
-            threads,
-            log,
-        )
+        command = [sys.executable, str(HERE / "perplexity.py"), str(checkpoint), str(windows)]
+        call(command + ([] if FLOAT32 else ["--bfloat16"]), threads, log)
         kept.write_text(log.read_text().strip().splitlines()[-1] + "\n")
     return float(json.loads(kept.read_text())["perplexity"])
 
@@ -82,6 +84,7 @@ def side(name: str, bits: int, given: argparse.Namespace, windows: Path, results
     if not (target / "figures.json").exists():
         command = [python(environment), str(HERE / script), str(given.model), str(windows), str(target)]
         command += ["--bits", str(bits), "--group-size", str(given.group_size), *options]
+        command += ["--float32"] if FLOAT32 and "llmcompressor" not in name else []  # which is float32 always
         call(command, given.threads, results / "logs" / f"{target.name}.log")
     figures = json.loads((target / "figures.json").read_text())
     figures["perplexity"] = round(measure(target, windows, given.threads, target / "perplexity.json"), 3)
@@ -131,7 +134,10 @@ def main() -> None:
         call(command, given.threads, results / "logs" / "windows.log")
     rows = [side(name, bits, given, windows, results) for bits in given.bits for name in given.sides]
     full = measure(given.model, windows, given.threads, results / "full-precision.json")
-    print(f"{given.model.name}, {platform.machine()}, {given.threads} threads; full precision {full:.3f}")
+    print(
+        f"{given.model.name}, {platform.machine()}, {given.threads} threads, "
+        f"{'float32' if FLOAT32 else 'bfloat16'} products; full precision {full:.3f}"
+    )
     show(rows)
     (results / "table.json").write_text(json.dumps(rows, indent=2) + "\n")
 

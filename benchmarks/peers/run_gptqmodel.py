@@ -1,7 +1,7 @@
 """Quantize with GPTQModel and write the weights back as plain numbers.
 
 usage: .bench/peers/gptqmodel/bin/python run_gptqmodel.py MODEL WINDOWS.safetensors TARGET
-           --bits 4 --group-size 64
+           --bits 4 --group-size 64 [--float32]
 
 Defaults of the library but for what the comparison fixes (bits, group size, symmetric, calibration windows);
 its own static order (`act_group_aware`) is on by default. TARGET/packed is what the library saves,
@@ -41,12 +41,15 @@ def main() -> None:
         options.add_argument(name, type=Path)
     options.add_argument("--bits", type=int, required=True)
     options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    options.add_argument(
+        "--float32", action="store_true", help="forwards in float32, not as the library chooses"
+    )
     given = options.parse_args()
 
     rows = load_file(given.windows)["calibration"]
     samples = [{"input_ids": row[None], "attention_mask": torch.ones_like(row)[None]} for row in rows]
     config = QuantizeConfig(bits=given.bits, group_size=given.group_size, sym=True)
-    model = GPTQModel.load(str(given.model), config)
+    model = GPTQModel.load(str(given.model), config, **({"dtype": torch.float32} if given.float32 else {}))
     with Meter() as meter:
         model.quantize(samples, batch_size=1)
     shutil.rmtree(given.target, ignore_errors=True)

@@ -1,7 +1,7 @@
 """Quantize with Quantry on the windows of the comparison and write the weights back as plain numbers.
 
 usage: python benchmarks/peers/run_quantry.py MODEL WINDOWS.safetensors TARGET --bits 4 --group-size 64
-           [--recipe plain|default|compensated]
+           [--recipe plain|default|compensated] [--float32]
 
 plain is GPTQ as published (no clip search, no asymmetric target, no refinement; static order), default is
 what a job does, compensated adds bias compensation, for which the written checkpoint gets bias slots. The
@@ -67,14 +67,13 @@ def main() -> None:
     options.add_argument("--bits", type=int, required=True)
     options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
     options.add_argument("--recipe", choices=("plain", "default", "compensated"), default="default")
-    options.add_argument(
-        "--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the forwards"
-    )
+    options.add_argument("--float32", action="store_true", help="forwards in float32 instead of bfloat16")
     given = options.parse_args()
 
     steps = recipe(given.recipe, given.bits, given.group_size)
     spec = JobSpec(model=ModelRef(source="local", id=str(given.model)), recipe=steps, evaluation=None)
-    model = CausalLM(given.model, device=torch.device("cpu"), dtype=getattr(torch, given.dtype))
+    dtype = torch.float32 if given.float32 else torch.bfloat16
+    model = CausalLM(given.model, device=torch.device("cpu"), dtype=dtype)
     rows = load_file(given.windows)["calibration"]
     with tempfile.TemporaryDirectory() as folder:
         store = BlockStore(Path(folder), "benchmark")
@@ -90,7 +89,7 @@ def main() -> None:
         torch=torch.__version__,
         bits=given.bits,
         group_size=given.group_size,
-        dtype=given.dtype,
+        dtype=str(dtype),
         weight_bytes=bits // 8,
     )
 

@@ -118,17 +118,16 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
         target = shifted_target(w, statistics.cross, factor, step.target_strength)
     grid = _fit_grid(target, statistics.hessian.diagonal(), step)
     columns = Columns.of(grid, step.group_size, w.shape[1])
-    codes = torch.empty(w.shape[1], w.shape[0], device=w.device)
-    codes[factor.order] = sweep(
+    points = torch.empty(w.shape[1], w.shape[0], device=w.device)
+    points[factor.order] = sweep(
         target.T[factor.order].contiguous(), factor.inverse_root, columns.permuted(factor.order)
     )
     if step.passes:
         wanted = target.T.contiguous()
         for _ in range(step.passes):
-            columns = descend(wanted, codes, factor.hessian, columns)
-    grid = columns.grid(grid)
+            columns = descend(wanted, points, factor.hessian, columns)
     return GptqResult(
-        on_grid(codes.T.to(torch.uint8).contiguous(), grid, step.group_size), factor.damping, target
+        on_grid(columns.codes(points), columns.grid(grid), step.group_size), factor.damping, target
     )
 
 
@@ -142,98 +141,92 @@ def _fit_grid(w: Tensor, diagonal: Tensor, step: GptqStep) -> Grid:
 
 @dataclass(frozen=True)
 class Columns:
-    """The grid as the sweep meets it: scale, zero (groups, out); group_of: column -> group."""
+    """The grid as the sweep meets it: scale (groups, out); points from low to high, (groups, out), without their
+    zero-points; group_of: column -> group."""
 
     scale: Tensor
-    zero: Tensor
+    low: Tensor
+    high: Tensor
     group_of: Tensor
-    top: int
 
     @classmethod
     def of(cls, grid: Grid, group_size: int | None, columns: int) -> Columns:
         group_of = torch.arange(columns, device=grid.scale.device) // (group_size or columns)
-        return cls(grid.scale.T.contiguous(), grid.zero_point.T.contiguous(), group_of, 2**grid.bits - 1)
+        low = -grid.zero_point.T.contiguous()
+        return cls(grid.scale.T.contiguous(), low, low + (2**grid.bits - 1), group_of)
 
     def permuted(self, order: Tensor) -> Columns:
-        return Columns(self.scale, self.zero, self.group_of[order], self.top)
+        return Columns(self.scale, self.low, self.high, self.group_of[order])
+
+    def codes(self, points: Tensor) -> Tensor:
+        """The codes of `points` (n, out), as they are stored: uint8 (out, n)."""
+        return (points - self.low[self.group_of]).T.to(torch.uint8).contiguous()
 
     def grid(self, like: Grid) -> Grid:
-        return Grid(self.scale.T.contiguous(), self.zero.T.contiguous(), like.bits, like.symmetric)
+        return Grid(self.scale.T.contiguous(), like.zero_point, like.bits, like.symmetric)
 
 
 def sweep(w: Tensor, root: Tensor, columns: Columns, leaf: int = LEAF) -> Tensor:
     """Round the columns in order, spreading each error over those not yet rounded (equation 3 of the paper).
 
-    Args: w: (n, out), overwritten. root: U (n, n). Returns: codes (n, out) float32.
+    Args: w: (n, out), overwritten. root: U (n, n). Returns: points q - zero_point, (n, out) float32.
     The lazy update is recursive: halve the columns, sweep the left, update the right by one product.
     """
-    codes, errors = torch.empty_like(w), torch.empty_like(w)
-    group_of = columns.group_of.tolist()
-    scale, zero = list(columns.scale), list(columns.zero)
-    grid = [(scale[g], zero[g], d) for g, d in zip(group_of, root.diagonal().tolist(), strict=True)]
-    _sweep_columns(w, root, codes, errors, grid, columns.top, leaf)
-    return codes
+    points, errors = torch.empty_like(w), torch.empty_like(w)
+    rows = [list(part) for part in (columns.scale, columns.low, columns.high)]
+    grid = [(scale[g], low[g], high[g]) for scale, low, high in [rows] for g in columns.group_of.tolist()]
+    _sweep_columns(w, root / root.diagonal().unsqueeze(1), points, errors, grid, leaf)
+    return points
 
 
 def _sweep_columns(
     w: Tensor,
-    root: Tensor,
-    codes: Tensor,
+    spread: Tensor,
+    points: Tensor,
     errors: Tensor,
-    grid: list[tuple[Tensor, Tensor, float]],
-    top: int,
+    grid: list[tuple[Tensor, Tensor, Tensor]],
     leaf: int,
 ) -> None:
-    """Sweep these columns; w, codes and errors are overwritten. grid: scale, zero and U_ii of each column."""
+    """Sweep these columns; w, points and errors are overwritten. spread: U_ik / U_ii. grid: of each column."""
     count = len(w)
     if count > leaf:
         half = count // 2
         first, second = slice(half), slice(half, count)
-        _sweep_columns(w[first], root[first, first], codes[first], errors[first], grid[first], top, leaf)
-        w[second].addmm_(root[first, second].T, errors[first], alpha=-1)
-        _sweep_columns(
-            w[second], root[second, second], codes[second], errors[second], grid[second], top, leaf
-        )
+        _sweep_columns(w[first], spread[first, first], points[first], errors[first], grid[first], leaf)
+        w[second].addmm_(spread[first, second].T, errors[first], alpha=-1)
+        _sweep_columns(w[second], spread[second, second], points[second], errors[second], grid[second], leaf)
         return
-    for i, (s, z, diagonal) in enumerate(grid):
-        q = torch.div(w[i], s, out=codes[i]).round_().add_(z).clamp_(0, top)
-        error = torch.sub(w[i], (q - z).mul_(s), out=errors[i]).div_(diagonal)
+    for i, (scale, low, high) in enumerate(grid):
+        q = torch.div(w[i], scale, out=points[i]).round_().clamp_(low, high)
+        error = torch.addcmul(w[i], q, scale, value=-1, out=errors[i])
         if i + 1 < count:
-            w[i + 1 :].addr_(root[i, i + 1 :], error, alpha=-1)
+            w[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
 
 
-def descend(target: Tensor, codes: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Columns:
+def descend(target: Tensor, points: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Columns:
     """One pass of block coordinate descent on tr((W^ - W*) H (W^ - W*)^T), which never rises.
 
-    Group by group: first the scale that is best for the group's codes, then each column's best grid point,
-    given everything else. target, codes: (n, out), columns in their own order; codes are overwritten.
+    Group by group: first the scale that is best for the group's points, then each column's best grid point,
+    given everything else. target, points: (n, out), columns in their own order; points are overwritten.
     Returns: the columns with their new scales.
     """
     scale = columns.scale.clone()
-    zero, group_of = columns.zero, columns.group_of
-    delta = (codes - zero[group_of]) * scale[group_of] - target
-    size = len(codes) // len(scale)
-    for low in range(0, len(codes), size):
-        high = low + size
-        s, z = scale[low // size], zero[low // size]
-        gradient = hessian[low:high] @ delta
-        _refit_scale(codes[low:high] - z, hessian[low:high, low:high], gradient, delta[low:high], s)
-        for start in range(0, size, leaf):
-            part = slice(low + start, min(low + start + leaf, high))
-            before = delta[part].clone()
-            _descend_columns(
-                target[part],
-                codes[part],
-                hessian[part, part],
-                gradient[start : start + leaf],
-                delta[part],
-                s,
-                z,
-                columns.top,
-            )
-            if part.stop < high:
-                gradient[start + leaf :].addmm_(hessian[part.stop : high, part], delta[part] - before)
-    return Columns(scale, zero, group_of, columns.top)
+    delta = torch.addcmul(-target, points, scale[columns.group_of])
+    size = len(points) // len(scale)
+    for group, s in enumerate(scale):
+        span = slice(group * size, (group + 1) * size)
+        gradient = hessian[span] @ delta
+        _refit_scale(points[span], hessian[span, span], gradient, delta[span], s)
+        gradient /= s  # from here on in steps of the grid, as the points are
+        bounds = columns.low[group], columns.high[group]
+        for start in range(span.start, span.stop, leaf):
+            part = slice(start, min(start + leaf, span.stop))
+            inside = slice(part.start - span.start, part.stop - span.start)
+            change = _descend_columns(points[part], hessian[part, part], gradient[inside], bounds)
+            if part.stop < span.stop:
+                gradient[inside.stop :].addmm_(hessian[part.stop : span.stop, part], change)
+            delta[part].addcmul_(change, s)
+    return Columns(scale, columns.low, columns.high, columns.group_of)
 
 
 def _refit_scale(points: Tensor, hessian: Tensor, gradient: Tensor, delta: Tensor, scale: Tensor) -> None:
@@ -255,21 +248,18 @@ def _refit_scale(points: Tensor, hessian: Tensor, gradient: Tensor, delta: Tenso
 
 
 def _descend_columns(
-    target: Tensor,
-    codes: Tensor,
-    hessian: Tensor,
-    gradient: Tensor,
-    delta: Tensor,
-    scale: Tensor,
-    zero: Tensor,
-    top: int,
-) -> None:
-    """Each of these columns to its best grid point, in turn; codes, gradient and delta are overwritten."""
+    points: Tensor, hessian: Tensor, gradient: Tensor, bounds: tuple[Tensor, Tensor]
+) -> Tensor:
+    """Each of these columns to its best grid point, in turn; returns by how much points (columns, out) moved.
+
+    points and gradient, both in steps of the grid, are overwritten.
+    """
     steps = (1 / hessian.diagonal()).tolist()
-    for i in range(len(codes)):
-        wish = torch.add(target[i], delta[i]).sub_(gradient[i], alpha=steps[i])
-        torch.div(wish, scale, out=codes[i]).round_().add_(zero).clamp_(0, top)
-        fresh = torch.sub(codes[i], zero, out=wish).mul_(scale).sub_(target[i])
-        if i + 1 < len(codes):
-            gradient[i + 1 :].addr_(hessian[i, i + 1 :], fresh - delta[i])
-        delta[i] = fresh
+    change = torch.empty_like(points)
+    for i in range(len(points)):
+        best = torch.sub(points[i], gradient[i], alpha=steps[i]).round_().clamp_(*bounds)
+        torch.sub(best, points[i], out=change[i])
+        if i + 1 < len(points):
+            gradient[i + 1 :].addr_(hessian[i, i + 1 :], change[i])
+    points += change
+    return change

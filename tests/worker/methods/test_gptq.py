@@ -66,6 +66,12 @@ def test_a_diagonal_hessian_gives_round_to_nearest(
     assert torch.equal(swept.scale, nearest.scale)
 
 
+def in_float64(grid: Grid, count: int) -> Columns:
+    """One scale a row, for `count` columns."""
+    columns = Columns.of(grid, None, count)
+    return Columns(columns.scale.double(), columns.low.double(), columns.high.double(), columns.group_of)
+
+
 def test_the_error_identity_holds() -> None:
     """sum (w_i - q_i)^2 / U_ii^2 over columns and rows = tr((W - W^)(H + lambda I)(W - W^)^T): equation 4."""
     torch.manual_seed(0)
@@ -73,18 +79,17 @@ def test_the_error_identity_holds() -> None:
     factor = factorize((x.T @ x / 400).double(), damping=0.01, act_order=False)
     w = weights(10, 40).double()
     grid = minmax_grid(by_group(w, None), 3, symmetric=False)
-    columns = Columns(grid.scale.T.double(), grid.zero_point.T.double(), torch.zeros(40, dtype=torch.long), 7)
+    columns = in_float64(grid, 40)
     met: list[Tensor] = []  # every column as it was just before it was rounded
     left = w.T.clone()
     for i in range(40):
         met.append(left[i].clone())
-        q = ((left[i] / columns.scale[0]).round() + columns.zero[0]).clamp(0, 7)
-        error = (left[i] - (q - columns.zero[0]) * columns.scale[0]) / factor.inverse_root[i, i]
+        q = (left[i] / columns.scale[0]).round().clamp(columns.low[0], columns.high[0])
+        error = (left[i] - q * columns.scale[0]) / factor.inverse_root[i, i]
         left -= torch.outer(factor.inverse_root[i], error)
 
-    codes = sweep(w.T.clone(), factor.inverse_root, columns)
+    values = sweep(w.T.clone(), factor.inverse_root, columns) * columns.scale
 
-    values = (codes - columns.zero) * columns.scale
     compensated = torch.stack(met)
     own = ((compensated - values) / factor.inverse_root.diagonal().unsqueeze(1)).square().sum()
     delta = values.T - w
@@ -98,9 +103,7 @@ def test_the_result_does_not_depend_on_the_block_size(leaf: int, columns: int) -
     factor = factorize(x.T @ x / 300, damping=0.01, act_order=True)
     w = weights(9, columns).double()
     grid = minmax_grid(by_group(w, None), 4, symmetric=True)
-    place = Columns(
-        grid.scale.T.double(), grid.zero_point.T.double(), torch.zeros(columns, dtype=torch.long), 15
-    )
+    place = in_float64(grid, columns)
     reference = sweep(w.T.clone(), factor.inverse_root, place, leaf=columns)
     assert torch.equal(sweep(w.T.clone(), factor.inverse_root, place, leaf=leaf), reference)
 
@@ -139,14 +142,12 @@ def test_refinement_never_raises_the_objective() -> None:
         factor = factorize(statistics(x).hessian, damping=0.01, act_order=True)
         grid = minmax_grid(by_group(w, group_size), 3, symmetric=True)
         columns = Columns.of(grid, group_size, 48)
-        codes = (
-            (w.T / columns.scale[columns.group_of]).round().add(columns.zero[columns.group_of]).clamp(0, 7)
-        )
+        points = (w.T / columns.scale[columns.group_of]).round().clamp(-4, 3)
         errors = []
         for _ in range(5):
-            delta = (codes - columns.zero[columns.group_of]) * columns.scale[columns.group_of] - w.T
+            delta = points * columns.scale[columns.group_of] - w.T
             errors.append(float(((factor.hessian @ delta) * delta).sum()))
-            columns = descend(w.T.contiguous(), codes, factor.hessian, columns)
+            columns = descend(w.T.contiguous(), points, factor.hessian, columns)
         assert all(later <= earlier * (1 + 1e-6) for earlier, later in pairwise(errors))
         assert errors[-1] < 0.8 * errors[0]
 

@@ -43,14 +43,14 @@ def _gptq(weights: list[Tensor], statistics: InputStatistics | None, step: GptqS
 
 def _unstack(swept: list[QuantizedWeight], rows: list[int]) -> list[QuantizedWeight]:
     first = swept[0]
-    parts = zip(
-        *(
-            torch.split(torch.cat([getattr(weight, name) for weight in swept]), rows)
-            for name in ("codes", "scale", "zero_point")
-        ),
-        strict=True,
+    codes, scale, zero = (
+        torch.split(torch.cat(parts), rows)
+        for parts in zip(*((w.codes, w.scale, w.zero_point) for w in swept), strict=True)
     )
-    return [QuantizedWeight(*part, first.bits, first.group_size, first.symmetric) for part in parts]
+    return [
+        QuantizedWeight(c, s, z, first.bits, first.group_size, first.symmetric)
+        for c, s, z in zip(codes, scale, zero, strict=True)
+    ]
 
 
 WEIGHT_STEPS: dict[type, Callable[[list[Tensor], InputStatistics | None, Any], WeightResult]] = {

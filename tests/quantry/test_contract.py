@@ -32,9 +32,7 @@ def test_a_dataset_may_be_named(name: str, fields: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["", "local:", "hub:", "a\x00b", 3, None])
 def test_what_names_no_dataset_is_refused_at_its_field(name: object) -> None:
     with pytest.raises(ValidationError) as caught:
-        JobRequest.model_validate(
-            {"model": "bundled/opt-tiny", "bits": 4, "calibration": {"dataset": name}}
-        )
+        JobRequest.model_validate({"model": "bundled/opt-tiny", "bits": 4, "calibration": {"dataset": name}})
     assert {error["loc"][:2] for error in caught.value.errors()} == {("calibration", "dataset")}
 
 

@@ -242,6 +242,19 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (lambda c, t: c.update(num_hidden_layers="2"), "not a positive whole number"),
         (lambda c, t: c.update(num_hidden_layers=2**31), "at most 2147483647"),
         (lambda c, t: c.update(hidden_size=16), "hidden size of 16"),
+        (
+            lambda c, t: c.update(intermediate_size=96),
+            "gate_proj has 64 rows, config.json says an MLP width of 96",
+        ),
+        (
+            lambda c, t: c.update(vocab_size=95),
+            r"embed_tokens.weight has the shape \[96, 32\].* a vocabulary of 95",
+        ),
+        (lambda c, t: c.update(mlp_bias=True), "lacks model.layers.0.mlp.gate_proj.bias"),
+        (
+            lambda c, t: t.update({LAYER.replace("weight", "bias"): TensorInfo("F32", (64,))}),
+            "holds model.layers.1.mlp.up_proj.bias, by config.json the layer has none",
+        ),
         (lambda c, t: c.pop("hidden_size"), "does not say the hidden size"),
         (lambda c, t: t.pop("lm_head.weight"), "no output head"),
         (lambda c, t: c.update(auto_map={"AutoModel": "x.Y"}), "remote code"),

@@ -50,7 +50,7 @@ def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
     try:
         if kind == ".parquet":
             return Text(path.name, tuple(_parquet(path, ref.field)))
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")  # without the byte order mark of some editors
     except UnicodeDecodeError as error:
         raise DatasetError(f"{role}: {path.name} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
@@ -76,7 +76,9 @@ def _parquet(path: Path, field: str) -> list[str]:
 
 def _jsonl(content: str, field: str, name: str) -> list[str]:
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # splitlines() breaks at U+2028, which JSON may hold
         if not line.strip():
             continue
         try:

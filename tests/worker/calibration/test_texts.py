@@ -57,6 +57,19 @@ def test_separated_documents_are_split_by_document(workspace: Workspace) -> None
     assert train.separate
 
 
+def test_json_lines_end_at_line_feeds_alone(workspace: Workspace) -> None:
+    documents = ["one\u2028two\x85three", "four"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
+    write(workspace, "t.jsonl", "\r\n".join(lines) + "\r\n")
+    assert load_text(local("t.jsonl", split="all"), "calibration", workspace).documents == tuple(documents)
+
+
+@pytest.mark.parametrize(("name", "content"), [("t.txt", "a text"), ("t.jsonl", '{"text": "a text"}')])
+def test_a_byte_order_mark_is_no_part_of_a_text(workspace: Workspace, name: str, content: str) -> None:
+    write(workspace, name, content.encode("utf-8-sig"))
+    assert load_text(local(name, split="all"), "calibration", workspace).documents == ("a text",)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_rows_are_documents(kind: str, workspace: Workspace) -> None:
     rows = [f"row {i}" for i in range(10)]

@@ -119,6 +119,11 @@ def dataset_path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
     return hub_file(ref.id, ref.file, ref.revision, workspace, repo_type="dataset")
 
 
+def shown_name(ref: DatasetRef, path: Path) -> str:
+    """What messages and reports call a dataset: as the request names it, or its file."""
+    return ref.id if ref.source in ("bundled", "upload") else path.name
+
+
 def hub_file(
     repo: str,
     file: str,

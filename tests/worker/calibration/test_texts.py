@@ -90,9 +90,12 @@ def test_rows_are_documents(kind: str, workspace: Workspace) -> None:
 def test_uploads_are_found_by_id(workspace: Workspace) -> None:
     write(workspace, "upload.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     ref = DatasetRef(source="upload", id="ds_1", split="all")
-    assert load_text(ref, "calibration", workspace).documents == ("one", "two")
+    found = load_text(ref, "calibration", workspace)
+    assert (found.name, found.documents) == ("ds_1 (all)", ("one", "two"))
     with pytest.raises(DatasetError, match="there is no upload ds_2"):
         load_text(DatasetRef(source="upload", id="ds_2"), "calibration", workspace)
+    with pytest.raises(DatasetError, match="ds_1, line 1: no JSON object with a field 'body'"):
+        load_text(DatasetRef(source="upload", id="ds_1", field="body"), "calibration", workspace)
 
 
 @pytest.mark.parametrize(

@@ -246,10 +246,10 @@ class Runner:
             try:
                 with self.sessions() as session:
                     return leases.finish(session, claim, outcome, artifact=artifact)
-            except DBAPIError:
+            except DBAPIError as error:
                 if time.monotonic() > deadline:
                     raise
-                log.exception("%s: its end could not be written; trying again", claim.job_id)
+                log.warning("%s: its end could not be written; trying again: %s", claim.job_id, error)
                 time.sleep(1)
 
     def _release(self, claim: Claim) -> State | None:

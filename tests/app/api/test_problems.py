@@ -10,7 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import text
+from sqlalchemy import Engine, text
+from sqlalchemy.event import listen
 from starlette.testclient import TestClient
 
 from app.api.edge import MAX_BODY_BYTES
@@ -333,6 +334,17 @@ def test_a_database_that_is_gone_is_a_problem_that_passes(
     with made.sessions() as session:
         session.execute(text("ALTER TABLE elsewhere RENAME TO jobs"))
         session.commit()
+    assert client.get("/v1/jobs").status_code == 200
+
+
+def test_a_database_without_room_is_a_full_disk(
+    client: TestClient, sqlite_engine: Engine, made: Jobs
+) -> None:
+    sqlite_engine.dispose()
+    listen(sqlite_engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA max_page_count = 1"))
+    answers = [client.post("/v1/jobs", json=REQUEST) for _ in range(60)]
+    refused = next(answer for answer in answers if answer.status_code != 202)
+    check(refused, 507, "disk-full")
     assert client.get("/v1/jobs").status_code == 200
 
 

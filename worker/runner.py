@@ -163,7 +163,7 @@ class Runner:
                         return outcome
                 if child.exited():
                     return self._last_words(child, pulse) or ending.crashed(
-                        child.end(), oom_before, ending.oom_kills()
+                        child.end(), child.log, oom_before, ending.oom_kills()
                     )
                 if self.stopping.is_set():
                     return Left.STOPPED

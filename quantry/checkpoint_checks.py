@@ -26,6 +26,14 @@ def size_of(config: Mapping[str, Any], *keys: str) -> int | None:
     return None
 
 
+def architectures(config: Mapping[str, Any]) -> list[Any]:
+    """The classes that config.json names, if any. Raises SpecError if that is no list."""
+    found = config.get("architectures") or []
+    if not isinstance(found, list):
+        raise SpecError("model", f"config.json: architectures is {found!r}, not a list of names")
+    return found
+
+
 def check_blocks(count: int | None, found: set[int]) -> None:
     """That the checkpoint holds blocks 0 to `count` - 1 and no other. Raises SpecError."""
     if count != len(found) or found != set(range(len(found))):

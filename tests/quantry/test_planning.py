@@ -259,6 +259,8 @@ LAYER = "model.layers.1.mlp.up_proj.weight"
         (lambda c, t: t.pop("lm_head.weight"), "no output head"),
         (lambda c, t: c.update(auto_map={"AutoModel": "x.Y"}), "remote code"),
         (lambda c, t: c.update(model_type="mamba"), "'mamba' is not supported"),
+        (lambda c, t: c.update(model_type=["llama"]), r"\['llama'\] is not supported"),
+        (lambda c, t: c.update(architectures=5), "architectures is 5, not a list"),
         (lambda c, t: c.update(architectures=["LlamaModel"]), "no language-model head"),
         (lambda c, t: c.update(quantization_config={"quant_method": "gptq"}), r"already quantized \(gptq\)"),
         (lambda c, t: c.update(quantization_config="gptq"), "already quantized"),

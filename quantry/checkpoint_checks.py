@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from quantry.base import SpecError
@@ -23,6 +24,15 @@ def size_of(config: Mapping[str, Any], *keys: str) -> int | None:
                     f"config.json: {key} is {value!r}, not a positive whole number of at most {MAX_SIZE}",
                 )
             return value
+    return None
+
+
+def leaving_link(folder: Path, roots: Iterable[Path]) -> str | None:
+    """The name of a file of the folder that is a link to outside of all roots, if there is one."""
+    within = [root.resolve() for root in roots]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in within):
+            return path.name
     return None
 
 

@@ -164,7 +164,21 @@ def _index_of_a_missing_shard(folder: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _link_to_outside(folder: Any) -> None:
+    outside = folder.parents[1] / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+
+
+def test_a_link_inside_the_roots_is_followed(client: TestClient, settings: Any) -> None:
+    folder = write_checkpoint(settings.model_roots[0] / "linked")
+    (folder / "model.safetensors").rename(settings.model_roots[0] / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    assert client.post("/v1/estimates", json={**REQUEST, "model": "local:linked"}).status_code == 200
+
+
 MODELS: list[tuple[Any, str, str]] = [
+    (_link_to_outside, "model-refused", "model.safetensors is a link that leads out of"),
     (_truncate, "model-refused", "model.safetensors is truncated"),
     (_write("model.safetensors", b"PK\x03\x04 a zip archive"), "model-refused", "not a safetensors file"),
     (_pickle, "model-refused", "pytorch_model.bin is a pickle"),

@@ -41,8 +41,9 @@ def _refusing(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason[0]}") from error
+        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
+        reason = said or type(error).__name__
+        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
 
 
 class CausalLM:

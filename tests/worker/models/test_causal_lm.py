@@ -132,13 +132,21 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("hidden_act", "nonsense"), ("num_attention_heads", 5), ("num_key_value_heads", 0)]
+    ("key", "value", "reason"),
+    [
+        ("hidden_act", "nonsense", "nonsense"),
+        ("num_attention_heads", 5, "5"),
+        ("num_key_value_heads", 0, "zero"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings.* 'no'"),
+    ],
 )
-def test_a_config_that_transformers_cannot_use_is_refused(tmp_path: Path, key: str, value: object) -> None:
+def test_a_config_that_transformers_cannot_use_is_refused(
+    tmp_path: Path, key: str, value: object, reason: str
+) -> None:
     folder = factories.write_checkpoint(tmp_path, "llama")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, key: value}))
-    with pytest.raises(ModelError, match=r"transformers cannot use config\.json: ."):
+    with pytest.raises(ModelError, match=rf"transformers cannot use config\.json: .*{reason}"):
         adapter(folder)
 
 

@@ -112,7 +112,7 @@ def migrate() -> None:
 
 @cli.command()
 def doctor() -> None:
-    """Check database, broker, storage and device, and say what is wrong."""
+    """Check database, broker, storage, the worker's packages and the model roots; say what is wrong."""
     from app.doctor import examine
 
     failed = False

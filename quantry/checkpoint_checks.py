@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 from quantry.base import SpecError
@@ -24,6 +25,23 @@ def size_of(config: Mapping[str, Any], *keys: str) -> int | None:
                 )
             return value
     return None
+
+
+def leaving_link(folder: Path, roots: Iterable[Path]) -> str | None:
+    """The name of a file of the folder that is a link to outside of all roots, if there is one."""
+    within = [root.resolve() for root in roots]
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in within):
+            return path.name
+    return None
+
+
+def architectures(config: Mapping[str, Any]) -> list[Any]:
+    """The classes that config.json names, if any. Raises SpecError if that is no list."""
+    found = config.get("architectures") or []
+    if not isinstance(found, list):
+        raise SpecError("model", f"config.json: architectures is {found!r}, not a list of names")
+    return found
 
 
 def check_blocks(count: int | None, found: set[int]) -> None:

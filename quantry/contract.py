@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import datetime
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from quantry.base import Bits, Label, Metric, Model, Name, SpecError
 from quantry.recipe import (
@@ -80,22 +80,36 @@ class DatasetRef(Model):
     @classmethod
     def parse(cls, text: str) -> DatasetRef:
         """`bundled/pydoc`, `/file`, `local:file`, `ds_...` of an upload, else `hub:owner/name:file`."""
-        if text.startswith("bundled/"):
-            return cls(source="bundled", id=text)
-        if text.startswith("/"):
-            return cls(source="local", id=text)
-        if text.startswith("local:"):
-            return cls(source="local", id=text.removeprefix("local:"))
-        if text.startswith("ds_"):
-            return cls(source="upload", id=text)
-        name, _, file = text.removeprefix("hub:").partition(":")
-        return cls(source="hub", id=name, file=file or None)
+        return cls.model_validate(_named_dataset(text))
+
+
+def _named_dataset(value: Any) -> Any:
+    """The fields of a DatasetRef that a name stands for; what is no name is left as it is."""
+    if not isinstance(value, str):
+        return value
+    if value.startswith("bundled/"):
+        return {"source": "bundled", "id": value}
+    if value.startswith("/"):
+        return {"source": "local", "id": value}
+    if value.startswith("local:"):
+        return {"source": "local", "id": value.removeprefix("local:")}
+    if value.startswith("ds_"):
+        return {"source": "upload", "id": value}
+    name, _, file = value.removeprefix("hub:").partition(":")
+    return {"source": "hub", "id": name, "file": file or None}
+
+
+Dataset = Annotated[
+    DatasetRef,
+    BeforeValidator(_named_dataset, json_schema_input_type=DatasetRef | Name),
+    Field(description="a name such as `bundled/pydoc`, `ds_...` or `local:file`, or the full reference"),
+]
 
 
 class Calibration(Model):
     """Windows of text that the quantizers see: `samples` windows of `sequence_length` tokens."""
 
-    dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="train")
+    dataset: Dataset = DatasetRef(source="bundled", id="bundled/pydoc", split="train")
     samples: int = Field(128, ge=1, le=8192)
     sequence_length: int | None = Field(
         None, ge=8, le=131072, description="tokens a window; null: the model's context, at most 2048"
@@ -106,7 +120,7 @@ class Calibration(Model):
 class Evaluation(Model):
     """Perplexity on non-overlapping windows of text; see docs/perplexity.md for the convention."""
 
-    dataset: DatasetRef = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
+    dataset: Dataset = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
     samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
     sequence_length: int | None = Field(None, ge=8, le=131072, description="null: as the calibration")
     metrics: tuple[Metric, ...] | None = Field(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantry.base import SpecError
+from quantry.checkpoint_checks import architectures
 
 
 @dataclass(frozen=True)
@@ -175,12 +176,12 @@ def family_of(config: Mapping[str, Any]) -> Family:
             "config.json names remote code (`auto_map`); Quantry runs only models that transformers ships",
         )
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise SpecError(
             "model", f"architecture {model_type!r} is not supported; supported: {', '.join(sorted(FAMILIES))}"
         )
     family = FAMILIES[model_type]
-    wanted = config.get("architectures")
+    wanted = architectures(config)
     if wanted and family.architecture not in wanted:
         raise SpecError(
             "model", f"a {wanted[0]} has no language-model head; Quantry needs a {family.architecture}"

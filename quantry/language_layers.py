@@ -16,6 +16,7 @@ from quantry.reports import LayerPlan
 _TIED_BY_DEFAULT = ("opt", "gemma", "gemma2", "gemma3_text", "gpt2")  # transformers' config classes
 _HEAD = re.compile(r"(^|\.)(lm_head|embed_out)\.weight$")
 _TOKENS = re.compile(r"(^|\.)(embed_tokens|embed_in|wte|lm_head|embed_out)\.weight$")
+_UNKNOWN = ("", None)
 _EMBEDDING = re.compile(r"(^|\.)(embed_tokens|embed_positions|embed_in|wte|wpe)\.weight$")
 
 
@@ -33,8 +34,18 @@ class Layer:
 def canonical_tensors(
     family: Family, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
 ) -> dict[str, TensorInfo]:
-    """The tensors that the model reads, by their name in the causal LM. Raises SpecError without an output head."""
+    """The tensors that the model reads, by their name in the causal LM.
+
+    Raises SpecError without an output head, or where a table of tokens is not of the vocabulary's size.
+    """
     named = {family.canonical(name): info for name, info in tensors.items() if not family.is_ignored(name)}
+    vocabulary = size_of(config, "vocab_size")
+    for name, info in named.items():
+        if vocabulary and _TOKENS.search(name) and info.shape[:1] != (vocabulary,):
+            raise SpecError(
+                "model",
+                f"{name} has the shape {list(info.shape)}, config.json says a vocabulary of {vocabulary}",
+            )
     if config.get("tie_word_embeddings", family.model_type in _TIED_BY_DEFAULT):
         return {name: info for name, info in named.items() if not is_head(name)}
     if not any(is_head(name) for name in named):
@@ -56,6 +67,7 @@ def linear_layers(
     pattern = re.compile(re.escape(family.blocks) + r"\.(\d+)\.")
     check_blocks(count, {int(match.group(1)) for name in named if (match := pattern.match(name))})
     slots = bias_slots(family, config)
+    inputs, outputs = _widths(family, config)
     shapes: dict[str, tuple[int, ...]] = {}
     for block in range(count or 0):
         for linear in family.linears:
@@ -72,12 +84,30 @@ def linear_layers(
                 )
             check_float(f"{name}.weight", info)
             rows, columns = reversed(info.shape) if family.transposed else info.shape
-            if linear in family.groups[0] and columns != hidden_size(config):
+            for noun, size, (key, width) in (
+                ("columns", columns, inputs.get(linear, _UNKNOWN)),
+                ("rows", rows, outputs.get(linear, _UNKNOWN)),
+            ):
+                if width is not None and size != width:
+                    raise SpecError("model", f"{name} has {size} {noun}, config.json says {key} {width}")
+            if (f"{name}.bias" in named) != slots[linear]:
+                holds, says = ("lacks", "has one") if slots[linear] else ("holds", "has none")
                 raise SpecError(
-                    "model",
-                    f"{name} has {columns} columns, config.json says a hidden size of {hidden_size(config)}",
+                    "model", f"the checkpoint {holds} {name}.bias, by config.json the layer {says}"
                 )
             yield Layer(name, rows, columns, slots[linear], info.dtype)
+
+
+def _widths(
+    family: Family, config: Mapping[str, Any]
+) -> tuple[dict[str, tuple[str, int | None]], dict[str, tuple[str, int | None]]]:
+    """What config.json says of the inputs and of the outputs of a block's layers: the key and its value."""
+    hidden = ("a hidden size of", hidden_size(config))
+    inner = ("an MLP width of", size_of(config, "intermediate_size", "ffn_dim", "n_inner"))
+    first, attention, *_, up, down = family.groups
+    inputs = {**dict.fromkeys((*first, *up), hidden), **dict.fromkeys(down, inner)}
+    outputs = {**dict.fromkeys((*attention, *down), hidden), **dict.fromkeys(up, inner)}
+    return inputs, outputs
 
 
 def layer_plans(

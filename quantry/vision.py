@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantry.base import SpecError
-from quantry.checkpoint_checks import size_of
+from quantry.checkpoint_checks import architectures, size_of
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def vision_family_of(config: Mapping[str, Any]) -> VisionFamily:
     if "auto_map" in config:
         raise SpecError("model", "config.json names remote code (`auto_map`); it is refused")
     family = VISION_FAMILIES[str(config.get("model_type"))]
-    wanted = config.get("architectures")
+    wanted = architectures(config)
     if wanted and family.architecture not in wanted:
         raise SpecError(
             "model", f"a {wanted[0]} is not an image classifier; Quantry needs a {family.architecture}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from quantry.jobs import Failed, JobError
 from worker.child import Exit
 
 _TAIL = 4096  # bytes of a log that go into the job's events
+_SEARCHED = 65536  # of a log: a library that aborts may print a long backtrace after its reason
+_MEMORY_RAN_OUT = re.compile(r"memory allocation of \d+ bytes failed|std::bad_alloc|[Oo]ut of memory")
 
 
 def oom_kills() -> int | None:
@@ -23,8 +26,8 @@ def oom_kills() -> int | None:
     return None
 
 
-def crashed(exit: Exit, oom_before: int | None, oom_after: int | None) -> Failed:
-    """The process ended by itself, or by somebody else's signal, without saying why."""
+def crashed(exit: Exit, log: Path, oom_before: int | None, oom_after: int | None) -> Failed:
+    """The process ended by itself, or by somebody else's signal, without an outcome."""
     peak = f"its largest process held {exit.peak_rss / 2**20:.0f} MiB at its peak"
     if exit.code == -signal.SIGKILL:
         if oom_before is not None and oom_after is not None and oom_after > oom_before:
@@ -41,6 +44,9 @@ def crashed(exit: Exit, oom_before: int | None, oom_after: int | None) -> Failed
         )
         detail += f"usual cause; {peak}"
         return _failed("process-killed", "The job process was killed", detail, retryable=True)
+    if exit.code == -signal.SIGABRT and (found := _MEMORY_RAN_OUT.search(tail(log, _SEARCHED))):
+        detail = f"the job process could not go on: {found[0]}; {peak}"
+        return _failed("out-of-memory", "The job ran out of memory", detail, retryable=True)
     if exit.code < 0:
         detail = f"the job process died of {signal.Signals(-exit.code).name}; {peak}"
         return _failed("process-crashed", "The job process crashed", detail, retryable=True)
@@ -69,10 +75,10 @@ def _failed(type: str, title: str, detail: str, retryable: bool = False) -> Fail
     return Failed(error=JobError(type=type, title=title, detail=detail, retryable=retryable))
 
 
-def tail(log: Path) -> str:
+def tail(log: Path, length: int = _TAIL) -> str:
     """The end of what the process printed."""
     with contextlib.suppress(OSError), log.open("rb") as file:
         size = file.seek(0, 2)
-        file.seek(max(0, size - _TAIL))
+        file.seek(max(0, size - length))
         return file.read().decode(errors="replace")
     return ""

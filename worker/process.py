@@ -7,6 +7,7 @@ parent is gone. End-of-file, before the line or after it, ends the whole process
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import queue
@@ -77,7 +78,8 @@ def guarded(run: Callable[[], Outcome]) -> Outcome:
     try:
         return run()
     except Exception as error:  # noqa: BLE001  # the border of the process: nothing may escape it
-        traceback.print_exc()
+        with contextlib.suppress(OSError):  # the log lies on the disk that may be full
+            traceback.print_exc()
         return Failed(error=failure(error))
 
 

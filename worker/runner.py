@@ -163,7 +163,7 @@ class Runner:
                         return outcome
                 if child.exited():
                     return self._last_words(child, pulse) or ending.crashed(
-                        child.end(), oom_before, ending.oom_kills()
+                        child.end(), child.log, oom_before, ending.oom_kills()
                     )
                 if self.stopping.is_set():
                     return Left.STOPPED
@@ -246,10 +246,10 @@ class Runner:
             try:
                 with self.sessions() as session:
                     return leases.finish(session, claim, outcome, artifact=artifact)
-            except DBAPIError:
+            except DBAPIError as error:
                 if time.monotonic() > deadline:
                     raise
-                log.exception("%s: its end could not be written; trying again", claim.job_id)
+                log.warning("%s: its end could not be written; trying again: %s", claim.job_id, error)
                 time.sleep(1)
 
     def _release(self, claim: Claim) -> State | None:

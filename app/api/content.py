@@ -114,7 +114,12 @@ class ContentResponse(Response):
             status, title = TITLES["range-not-satisfiable"]
             detail = f"{wanted} asks for nothing of the {length} bytes"
             refusal = problem(
-                status, "range-not-satisfiable", title, detail, headers={"Content-Range": f"bytes */{length}"}
+                status,
+                "range-not-satisfiable",
+                title,
+                detail,
+                instance=scope["path"],
+                headers={"Content-Range": f"bytes */{length}"},
             )
             await refusal(scope, receive, send)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import http
 import json
+import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from quantry.base import SpecError
 
 MEDIA_TYPE = "application/problem+json"
 PROBLEMS = "/problems/"
+_POSTGRESQL_DISK_FULL = "53100"
 _log = structlog.get_logger("quantry.api")
 
 
@@ -186,14 +188,22 @@ def _http_problem(
 
 
 async def _database(request: Request, error: Exception) -> Response:
-    _log.error("database unavailable", path=request.url.path, error=type(error).__name__)
+    cause = getattr(error, "orig", None) or error
+    _log.error("database unavailable", path=request.url.path, error=f"{type(cause).__name__}: {cause}")
+    full = getattr(cause, "sqlite_errorcode", None) == sqlite3.SQLITE_FULL
+    if full or getattr(cause, "sqlstate", None) == _POSTGRESQL_DISK_FULL:
+        return _disk_full(request)
     return _titled("database-unavailable", "try again in a few seconds", request)
 
 
 async def _operating_system(request: Request, error: OSError) -> Response:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return _titled("disk-full", "nothing of the request was kept; tell whoever runs the server", request)
+        return _disk_full(request)
     return await _internal(request, error)
+
+
+def _disk_full(request: Request) -> Response:
+    return _titled("disk-full", "nothing of the request was kept; tell whoever runs the server", request)
 
 
 async def _internal(request: Request, error: Exception) -> Response:

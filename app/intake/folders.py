@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from app.intake.errors import InputRefused, ModelRefused
+from quantry.checkpoint_checks import leaving_link
 from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -87,11 +88,13 @@ def shard_names(index: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     return weight_map, files
 
 
-def read_folder(folder: Path) -> Outside:
-    """Config and tensors of a folder. Raises ModelRefused."""
+def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
+    """Config and tensors of a folder. Raises ModelRefused, also for links that lead out of the roots."""
     if not folder.is_dir():
         raise ModelRefused("model.id", f"{folder.name} is not a folder")
     try:
+        if roots is not None and (name := leaving_link(folder, roots)):
+            raise ModelRefused("model.id", f"{name} is a link that leads out of the server's model roots")
         files = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise ModelRefused("model.id", f"{folder.name} cannot be read: {error.strerror}") from error

@@ -112,6 +112,6 @@ def _model(ref: ModelRef, settings: Settings, hub: Hub) -> tuple[ModelRef, Outsi
             raise ModelNotFound("model.id", str(error)) from error
     if ref.source == "local":
         folder = below_roots(ref.id, settings.model_roots, path="model.id", missing=ModelNotFound)
-        return ref, read_folder(folder)
+        return ref, read_folder(folder, settings.model_roots)
     commit, outside = hub.model(ref.id, ref.revision)
     return ref.model_copy(update={"revision": commit}), outside

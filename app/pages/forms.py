@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantry.contract import DatasetRef, JobRequest
+from quantry.contract import JobRequest
 
 DEFAULTS: dict[str, str] = {
     "model": "bundled/opt-tiny",
@@ -43,9 +43,9 @@ def request_of(fields: Mapping[str, str]) -> JobRequest:
         name: _number(given[name]) for name in ("samples", "sequence_length") if name in given
     }
     if "calibration" in given:
-        calibration["dataset"] = _dataset(given["calibration"])
+        calibration["dataset"] = given["calibration"]
     body["calibration"] = calibration
-    body["evaluation"] = {"dataset": _dataset(given["evaluation"])} if "evaluation" in given else None
+    body["evaluation"] = {"dataset": given["evaluation"]} if "evaluation" in given else None
     try:
         return JobRequest.model_validate(body)
     except ValidationError as error:
@@ -56,10 +56,3 @@ def request_of(fields: Mapping[str, str]) -> JobRequest:
 def _number(text: str) -> int | str:
     """A whole number, or the text as it is: the contract says best what is wrong with it."""
     return int(text) if text.isdecimal() and len(text) < 12 else text
-
-
-def _dataset(text: str) -> dict[str, Any]:
-    try:
-        return DatasetRef.parse(text).model_dump(mode="json", exclude_none=True)
-    except ValidationError as error:
-        raise FormError([f"dataset: {text!r} names none"]) from error

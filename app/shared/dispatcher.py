@@ -27,6 +27,7 @@ from quantry.jobs import FINISHED, State
 log = logging.getLogger(__name__)
 
 BATCH = 100
+_IDLE_UPLOAD_S = 86400
 
 
 @dataclass
@@ -113,7 +114,7 @@ def unmark_rung(session: Session, ids: Sequence[str]) -> None:
 
 
 def sweep(session: Session, storage: Storage, *, now: datetime | None = None) -> list[str]:
-    """Remove what lost attempts left, and the checkpoints of jobs that ended a week ago; returns what went.
+    """Remove what lost attempts and broken uploads left, and checkpoints a week after the end; returns what went.
 
     The folders are listed before the rows are read, so an attempt that begins meanwhile is not mistaken for
     an old one.
@@ -132,7 +133,8 @@ def sweep(session: Session, storage: Storage, *, now: datetime | None = None) ->
         if not published and (idle or epoch < row.epoch):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(f"{job_id}/{folder.name}")
-    return removed + _sweep_checkpoints(session, storage, now)
+    removed += _sweep_checkpoints(session, storage, now)
+    return removed + storage.drop_incoming(time.time() - _IDLE_UPLOAD_S)
 
 
 def _sweep_checkpoints(session: Session, storage: Storage, now: datetime | None) -> list[str]:

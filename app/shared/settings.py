@@ -30,13 +30,15 @@ class Settings(BaseSettings):
     database_url: str = Field("", description="SQLAlchemy URL; default: SQLite in `data`")
     redis_url: str | None = Field(None, description="broker: redis://, rediss:// or redis+socket://")
     storage_url: str = Field("", description="a folder, as a path or file:// URL; default: `data`/storage")
-    model_roots: Annotated[tuple[Path, ...], NoDecode] = Field((), description="colon-separated folders")
-    hub_url: str | None = None
-    offline: bool = False
+    model_roots: Annotated[tuple[Path, ...], NoDecode] = Field(
+        (), description="folders that the `local` source may read, with colons between them"
+    )
+    hub_url: str | None = Field(None, description="address of the model hub; default: the public one")
+    offline: bool = Field(False, description="never ask the hub: only what is in the cache exists")
 
-    host: str = "127.0.0.1"
-    port: int = Field(8000, ge=0, le=65535)
-    max_upload_bytes: int = Field(1 << 30, ge=1, description="of one text")
+    host: str = Field("127.0.0.1", description="address that the API listens on")
+    port: int = Field(8000, ge=0, le=65535, description="port that the API listens on; 0: any that is free")
+    max_upload_bytes: int = Field(1 << 30, ge=1, description="of one text or one set of images")
     max_unfinished_jobs: int = Field(10_000, ge=1, description="of one owner: queued and running")
 
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="what the worker computes on")
@@ -48,7 +50,9 @@ class Settings(BaseSettings):
     job_module: str = Field("worker.process", description="the module that a job process runs")
 
     lease_s: float = Field(60, gt=0, description="a worker that is silent for so long has lost its job")
-    heartbeat_s: float = Field(10, gt=0)
+    heartbeat_s: float = Field(
+        10, gt=0, description="how often a worker renews its lease and stores progress"
+    )
     poll_s: float = Field(0.5, gt=0, description="how often a running job looks whether it was cancelled")
     max_attempts: int = Field(3, ge=1, description="runs of a job before it fails as worker-lost")
     tick_s: float = Field(1, gt=0, description="period of the dispatcher")

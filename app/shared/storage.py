@@ -14,6 +14,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -113,6 +114,16 @@ class Storage:
         folder = self.root / "blobs"
         folder.mkdir(parents=True, exist_ok=True)
         return folder / f"incoming-{uuid.uuid4().hex}"
+
+    def drop_incoming(self, before: float) -> list[str]:
+        """Remove bodies to which nothing was added since `before` (of time.time): their server was killed."""
+        removed = []
+        for path in self.root.glob("blobs/incoming-*"):
+            with suppress(FileNotFoundError):  # received meanwhile
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    removed.append(f"blobs/{path.name}")
+        return removed
 
 
 def _tree(folder: Path) -> Iterator[Path]:

@@ -144,7 +144,7 @@ def show_report(console: Console, report: Report) -> None:
     worst = sorted(report.layers, key=_sqnr)[:5]
     if worst and worst[0].sqnr_db is not None:
         table = Table(title="Layers with the largest output error", title_justify="left", title_style="bold")
-        table.add_column("layer")
+        table.add_column("layer", overflow="fold")
         for name in ("bits", "SQNR (dB)", "relative MSE", "of RTN"):
             table.add_column(name, justify="right")
         for layer in worst:
@@ -161,7 +161,7 @@ def operands_table(operands: Iterable[OperandReport]) -> Table:
     """Quantized activations: what each is, its grid and its error."""
     table = Table(title="Activations with the lowest SQNR", title_justify="left", title_style="bold")
     for name in ("activation", "kind", "quantizer"):
-        table.add_column(name)
+        table.add_column(name, overflow="fold")
     for name in ("bits", "SQNR (dB)"):
         table.add_column(name, justify="right")
     for operand in operands:
@@ -191,9 +191,7 @@ def show_estimate(console: Console, estimate: Estimate) -> None:
 
 
 def jobs_table(jobs: Iterable[JobRead]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "state", "model", "recipe", "quality", "created"):
-        table.add_column(name, overflow="fold")
+    table = _listing("id", "state", "model", "recipe", "quality", "created")
     for job in jobs:
         quality = job.quality[0] if job.quality else None
         figure = (
@@ -206,19 +204,14 @@ def jobs_table(jobs: Iterable[JobRead]) -> Table:
 
 
 def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    table.add_column("model")
-    table.add_column("architecture")
-    table.add_column("size", justify="right")
+    table = _listing("model", "architecture", "size")
     for model in models:
         table.add_row(model["id"], model["architecture"], bytes_text(model["bytes"]))
     return table
 
 
 def methods_table(methods: Iterable[MethodInfo]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("method", "role", "what", "cost", "families", "formats", "paper"):
-        table.add_column(name, overflow="fold")
+    table = _listing("method", "role", "what", "cost", "families", "formats", "paper")
     for method in methods:
         families, formats = ", ".join(method.families), ", ".join(method.formats)
         table.add_row(
@@ -228,11 +221,18 @@ def methods_table(methods: Iterable[MethodInfo]) -> Table:
 
 
 def datasets_table(datasets: Iterable[DatasetRead]) -> Table:
-    table = Table(box=None, pad_edge=False)
-    for name in ("id", "name", "size", "contents", "sha256"):
-        table.add_column(name, justify="right" if name == "size" else "left")
+    table = _listing("id", "name", "size", "contents", "sha256")
     for d in datasets:
         table.add_row(d.id, d.name, bytes_text(d.bytes), contents_text(d), d.sha256[:12])
+    return table
+
+
+def _listing(first: str, *others: str) -> Table:
+    """A table whose first column is what other commands take: it is never cut or broken; the others wrap."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for name in others:
+        table.add_column(name, overflow="fold", justify="right" if name == "size" else "left")
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,6 +23,7 @@ from quantry.client import (
     WaitTimeout,
 )
 
+PIPED_WIDTH = 240  # columns of a table in a file or a pipe, where nothing has to fit a screen
 OK, JOB_FAILED, REFUSED, UNREACHABLE, NOT_FINISHED, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 
@@ -32,6 +34,8 @@ class Session:
         self.client = client
         self.as_json = as_json
         self.out = Console(soft_wrap=True, highlight=False)
+        if not self.out.is_terminal and "COLUMNS" not in os.environ:
+            self.out.width = PIPED_WIDTH
         self.err = Console(stderr=True, soft_wrap=True, highlight=False)
 
     def print_json(self, value: BaseModel | dict[str, Any]) -> None:

@@ -24,7 +24,9 @@ class InvalidRequest(QuantryError):
 
     @classmethod
     def of(cls, error: ValidationError) -> InvalidRequest:
-        return cls([(".".join(map(str, e["loc"])), e["msg"]) for e in error.errors()])
+        return cls(
+            [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        )
 
 
 class ConnectionFailed(QuantryError):
@@ -67,7 +69,10 @@ def problem_of(response: httpx2.Response) -> ProblemError:
 
 def _problem_text(problem: Problem) -> str:
     lines = [f"{problem.title} ({problem.status})" + (f": {problem.detail}" if problem.detail else "")]
-    lines += [f"  {_field(entry)}" for entry in problem.errors or []]
+    fields = [_field(entry) for entry in problem.errors or []]
+    lines += [
+        f"  {field}" for field in fields if field != problem.detail
+    ]  # a single one is the detail already
     if problem.status == 401:
         lines.append("Give the server's API key in QUANTRY_API_KEY; `quantry-server keys create` makes one.")
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from quantry.cli.options import Correction, Method
 from quantry.cli.request import Options, build_request
 from quantry.cli.session import Session
 from quantry.client import Client, InvalidRequest
-from quantry.contract import JobRequest
+from quantry.contract import DatasetRead, JobRequest
 from quantry.jobs import JobRead, State
 from quantry.recipe import UniformStep
 from quantry.reports import (
@@ -93,6 +93,26 @@ def test_a_list_of_jobs_names_the_metric_of_each() -> None:
     assert "top-1 accuracy 97.23 % (−0.31 points)" in text
     assert "perplexity 15.000 (+7.14 %)" in text
     assert "RTN 4 bits + RepQ-ViT 4 bits" in text
+
+
+def test_ids_are_whole_in_a_terminal_of_80_columns() -> None:
+    listed = job(TEXT).model_copy(update={"id": "job_01a21440-eed3-77d2-ae83-2396f84d499c"})
+    upload = DatasetRead(
+        id="ds_01a2143a-7a19-7db9-b73f-499dc24f0ada",
+        name="a-text-of-some-length.txt",
+        bytes=123_456,
+        sha256="0" * 64,
+        documents=1234,
+        characters=123_456,
+        created_at=listed.created_at,
+    )
+    console = Console(file=io.StringIO(), width=80, highlight=False)
+    with console.capture() as captured:
+        console.print(render.jobs_table([listed]), render.datasets_table([upload]))
+    text = captured.get()
+    assert listed.id in text
+    assert upload.id in text
+    assert "…" not in text
 
 
 def test_a_report_shows_its_activations_and_bit_operations() -> None:

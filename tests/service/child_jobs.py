@@ -125,6 +125,12 @@ def crash(job: JobInput, progress: Progress) -> Outcome:
     raise AssertionError
 
 
+def abort(job: JobInput, progress: Progress) -> Outcome:
+    """What a library in Rust does when an allocation fails, with a long backtrace."""
+    print("memory allocation of 20 bytes failed\n" + "   0: frame\n" * 1000, file=sys.stderr, flush=True)
+    os.abort()
+
+
 def leave(job: JobInput, progress: Progress) -> Outcome:
     print("the last line before the end", flush=True)
     os._exit(3)
@@ -177,7 +183,7 @@ def bug(job: JobInput, progress: Progress) -> Outcome:
 BEHAVIOUR: dict[str, Callable[[JobInput, Progress], Outcome]] = {
     function.__name__: function
     for function in (
-        succeed, slow, long_first, reject, missing_file, hang, fork, orphan, killed, crash, leave, garbage,
+        succeed, slow, long_first, reject, missing_file, hang, fork, orphan, killed, crash, abort, leave, garbage,
         backwards, chatter, eat_memory, fill_disk, not_finite, bug,
     )
 }  # fmt: skip

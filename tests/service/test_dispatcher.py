@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -150,6 +152,20 @@ def test_the_sweep_removes_what_lost_attempts_left(
         assert storage.part("job_" + "0" * 36, 1).is_dir()
         assert storage.checkpoints(failed).is_dir()
         assert sweep(session, storage, now=now + timedelta(days=8)) == [f"{failed}/checkpoints"]
+
+
+def test_the_sweep_removes_uploads_that_a_killed_server_left(
+    service: Service, sqlite_sessions: sessionmaker[Session]
+) -> None:
+    storage = Storage(service.settings.storage)
+    left, arriving = storage.incoming(), storage.incoming()
+    for path, age in ((left, 2 * 86400), (arriving, 60)):
+        path.write_bytes(b"x")
+        os.utime(path, times=(time.time() - age,) * 2)
+    with sqlite_sessions() as session:
+        assert sweep(session, storage) == [f"blobs/{left.name}"]
+    assert not left.exists()
+    assert arriving.exists()
 
 
 def test_a_published_artifact_is_never_swept(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from quantry.jobs import Failed
 from tests.service.processes import await_gone, gone
 from worker import child as children
 from worker.errors import ExportError, ModelNotFound, OutOfMemory, QuantizationError
@@ -61,6 +62,23 @@ def test_the_root_of_a_wrapped_failure_counts() -> None:
     assert failure(raised(ExportError("shard 2 could not be written"), full)).type == "disk-full"
     assert failure(raised(ExportError("shard 2 could not be written"))).type == "export-failed"
     assert failure(raised(QuantizationError("x"), ValueError("y"))).type == "quantization-failed"
+
+
+FULL = """
+from worker.process import guarded
+def run():
+    raise OSError(28, "No space left on device")
+print(guarded(run).model_dump_json())
+"""
+
+
+def test_a_full_disk_is_said_even_if_the_log_lies_on_it() -> None:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    with Path("/dev/full").open("wb", buffering=0) as full:
+        done = subprocess.run(
+            [sys.executable, "-c", FULL], env=environment, stdout=subprocess.PIPE, stderr=full, check=False
+        )
+    assert Failed.model_validate_json(done.stdout).error.type == "disk-full"
 
 
 def test_an_internal_error_names_the_place_and_not_the_values() -> None:

@@ -124,6 +124,7 @@ def test_a_missed_gate_keeps_the_files(runner: Runner) -> None:
     [
         ("killed", "process-killed", "SIGKILL"),
         ("crash", "process-crashed", "SIGSEGV"),
+        ("abort", "out-of-memory", "memory allocation of 20 bytes failed"),
         ("leave", "process-crashed", "status 3"),
         ("garbage", "internal-error", "not a message"),
         ("backwards", "internal-error", "packaging -> quantizing"),

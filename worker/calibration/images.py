@@ -25,7 +25,7 @@ from quantry.labels import LabelsError, check_files, parse_labels
 from quantry.npz import ImageArrays, Split, read_layout
 from worker.calibration.image_files import archive_files, folder_files
 from worker.errors import DatasetError, ModelError
-from worker.models.source import Role, dataset_path
+from worker.models.source import Role, dataset_path, shown_name
 from worker.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
@@ -67,7 +67,7 @@ def load_images(ref: DatasetRef, role: Role, workspace: Workspace) -> ImageSet:
     """Read what `ref` names. Raises DatasetError, with the field or file and the reason."""
     split: Split = ref.split or ("train" if role == "calibration" else "test")
     path = _path(ref, role, workspace)
-    name = f"{ref.id if ref.source == 'bundled' else path.name} ({split})"
+    name = f"{shown_name(ref, path)} ({split})"
     try:
         found = _read(path, split, name)
     except (ArchiveError, LabelsError) as error:

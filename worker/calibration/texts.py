@@ -18,7 +18,7 @@ from torch import Tensor
 from quantry.bundled import bundled_text
 from quantry.contract import DatasetRef
 from worker.errors import DatasetError
-from worker.models.source import Role, dataset_path
+from worker.models.source import Role, dataset_path, shown_name
 from worker.workspace import Workspace
 
 SHINGLE = 32  # tokens; a run of this many that stands in both texts counts as overlap
@@ -42,28 +42,27 @@ def load_text(ref: DatasetRef, role: Role, workspace: Workspace) -> Text:
         except (KeyError, ValueError) as error:
             raise DatasetError(f"{role}.dataset.id: {error}") from error
     path = dataset_path(ref, role, workspace)
-    return _split(_read(path, ref, role), f"{path.name} ({split})", split)
+    name = shown_name(ref, path)
+    return _split(_read(path, name, ref, role), f"{name} ({split})", split)
 
 
-def _read(path: Path, ref: DatasetRef, role: Role) -> Text:
+def _read(path: Path, name: str, ref: DatasetRef, role: Role) -> Text:
     kind = path.suffix.lower()
     try:
         if kind == ".parquet":
-            return Text(path.name, tuple(_parquet(path, ref.field)))
-        content = path.read_text(encoding="utf-8")
+            return Text(name, tuple(_parquet(path, ref.field)))
+        content = path.read_text(encoding="utf-8-sig")  # without the byte order mark of some editors
     except UnicodeDecodeError as error:
-        raise DatasetError(f"{role}: {path.name} is not UTF-8 text (byte {error.start})") from error
+        raise DatasetError(f"{role}: {name} is not UTF-8 text (byte {error.start})") from error
     except OSError as error:
-        raise DatasetError(f"{role}: {path.name} cannot be read: {error.strerror or error}") from error
+        raise DatasetError(f"{role}: {name} cannot be read: {error.strerror or error}") from error
     except (ValueError, KeyError) as error:
-        raise DatasetError(f"{role}: {path.name} cannot be read: {error}") from error
+        raise DatasetError(f"{role}: {name} cannot be read: {error}") from error
     if kind in (".jsonl", ".ndjson"):
-        return Text(path.name, tuple(_jsonl(content, ref.field, path.name)))
+        return Text(name, tuple(_jsonl(content, ref.field, name)))
     if ref.separator is not None:
-        return Text(
-            path.name, tuple(d for d in map(str.strip, content.split(ref.separator)) if d), separate=True
-        )
-    return Text(path.name, (content,))
+        return Text(name, tuple(d for d in map(str.strip, content.split(ref.separator)) if d), separate=True)
+    return Text(name, (content,))
 
 
 def _parquet(path: Path, field: str) -> list[str]:
@@ -76,7 +75,9 @@ def _parquet(path: Path, field: str) -> list[str]:
 
 def _jsonl(content: str, field: str, name: str) -> list[str]:
     documents = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(
+        content.split("\n"), 1
+    ):  # splitlines() breaks at U+2028, which JSON may hold
         if not line.strip():
             continue
         try:

@@ -76,7 +76,8 @@ def _front_matter(base_model: str, format: str, source: Path | None, classifier:
     readme = source / "README.md" if source else None
     if readme is not None and readme.is_file():
         head = readme.read_text(errors="replace").partition("\n---")[0]
-        lines += re.findall(r"^license(?:_name|_link)?: .+$", head, flags=re.MULTILINE)
+        # a relative link names a file that only the source has
+        lines += re.findall(r"^license(?:_name)?: .+$|^license_link: https?://.+$", head, flags=re.MULTILINE)
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 

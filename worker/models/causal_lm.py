@@ -35,6 +35,17 @@ class _Recorded:
     calls: list[BlockCall] = field(default_factory=list)
 
 
+@contextmanager
+def _refusing(folder: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a file of the checkpoint, as a ModelError that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
+        reason = said or type(error).__name__
+        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
+
+
 class CausalLM:
     """A causal language model that is never whole in memory.
 
@@ -50,10 +61,11 @@ class CausalLM:
         self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: str | None = None
     ) -> None:
         self.folder, self.device, self.dtype, self.attention_kind = folder, device, dtype, attention
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with _refusing(folder, "config.json"):
+            self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: Family = family_of(self.config.to_dict())
         self.tensors = Checkpoint(folder, self.family)
-        with torch.device("meta"):
+        with _refusing(folder, "config.json"), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=dtype, attn_implementation=attention
             )
@@ -96,7 +108,9 @@ class CausalLM:
         return block_bias_layer(self.family, self.config.to_dict())
 
     def tokenizer(self) -> Any:
-        return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+        """The checkpoint's tokenizer. Raises ModelError."""
+        with _refusing(self.folder, "the tokenizer"):
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     @property
     def start_token(self) -> int | None:

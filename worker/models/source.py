@@ -19,6 +19,7 @@ from huggingface_hub.errors import (
 
 from quantry.base import SpecError
 from quantry.bundled import bundled_model
+from quantry.checkpoint_checks import leaving_link
 from quantry.contract import DatasetRef, ModelRef
 from quantry.families import family_of
 from quantry.vision import is_vision, vision_family_of
@@ -42,6 +43,8 @@ def resolve(ref: ModelRef, workspace: Workspace) -> Path:
         folder = local_path(ref.id, workspace.model_roots, field="model.id")
         if not folder.is_dir():
             raise ModelNotFound(f"model.id: {ref.id} is not a folder")
+        if name := leaving_link(folder, workspace.model_roots):
+            raise ModelError(f"model.id: {name} is a link that leads out of the server's model roots")
     else:
         folder = _download(ref, workspace)
     check_folder(folder)
@@ -117,6 +120,11 @@ def dataset_path(ref: DatasetRef, role: Role, workspace: Workspace) -> Path:
     if ref.file is None:
         raise DatasetError(f"{role}.dataset.file: name the file inside the dataset repository {ref.id}")
     return hub_file(ref.id, ref.file, ref.revision, workspace, repo_type="dataset")
+
+
+def shown_name(ref: DatasetRef, path: Path) -> str:
+    """What messages and reports call a dataset: as the request names it, or its file."""
+    return ref.id if ref.source in ("bundled", "upload") else path.name
 
 
 def hub_file(

@@ -84,9 +84,12 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def _weight_map(folder: Path) -> dict[str, str] | None:
-    """Tensor -> file, from the index of a sharded checkpoint, or None. Raises ModelError."""
+    """Tensor -> file, from the index of a sharded checkpoint, or None. Raises ModelError.
+
+    Beside a whole model.safetensors an index counts for nothing, as in transformers and at submit.
+    """
     file = folder / "model.safetensors.index.json"
-    if not file.exists():
+    if (folder / "model.safetensors").exists() or not file.exists():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))["weight_map"]

@@ -10,7 +10,8 @@ from typing import Any
 import httpx2
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import text
+from sqlalchemy import Engine, text
+from sqlalchemy.event import listen
 from starlette.testclient import TestClient
 
 from app.api.edge import MAX_BODY_BYTES
@@ -163,7 +164,21 @@ def _index_of_a_missing_shard(folder: Any) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def _link_to_outside(folder: Any) -> None:
+    outside = folder.parents[1] / "outside.safetensors"
+    (folder / "model.safetensors").rename(outside)
+    (folder / "model.safetensors").symlink_to(outside)
+
+
+def test_a_link_inside_the_roots_is_followed(client: TestClient, settings: Any) -> None:
+    folder = write_checkpoint(settings.model_roots[0] / "linked")
+    (folder / "model.safetensors").rename(settings.model_roots[0] / "blob")
+    (folder / "model.safetensors").symlink_to("../blob")
+    assert client.post("/v1/estimates", json={**REQUEST, "model": "local:linked"}).status_code == 200
+
+
 MODELS: list[tuple[Any, str, str]] = [
+    (_link_to_outside, "model-refused", "model.safetensors is a link that leads out of"),
     (_truncate, "model-refused", "model.safetensors is truncated"),
     (_write("model.safetensors", b"PK\x03\x04 a zip archive"), "model-refused", "not a safetensors file"),
     (_pickle, "model-refused", "pytorch_model.bin is a pickle"),
@@ -333,6 +348,17 @@ def test_a_database_that_is_gone_is_a_problem_that_passes(
     with made.sessions() as session:
         session.execute(text("ALTER TABLE elsewhere RENAME TO jobs"))
         session.commit()
+    assert client.get("/v1/jobs").status_code == 200
+
+
+def test_a_database_without_room_is_a_full_disk(
+    client: TestClient, sqlite_engine: Engine, made: Jobs
+) -> None:
+    sqlite_engine.dispose()
+    listen(sqlite_engine, "connect", lambda dbapi, _: dbapi.execute("PRAGMA max_page_count = 1"))
+    answers = [client.post("/v1/jobs", json=REQUEST) for _ in range(60)]
+    refused = next(answer for answer in answers if answer.status_code != 202)
+    check(refused, 507, "disk-full")
     assert client.get("/v1/jobs").status_code == 200
 
 

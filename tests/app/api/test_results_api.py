@@ -112,6 +112,7 @@ def test_several_ranges_come_in_parts(client: TestClient, job: str) -> None:
 def test_a_range_beyond_the_end_is_416(client: TestClient, job: str, header: str) -> None:
     response = client.get(f"/v1/jobs/{job}/files/{NAME}", headers={"Range": header})
     assert response.status_code == 416
+    assert response.json()["instance"] == response.request.url.path
     assert response.headers["Content-Range"] == "bytes */10240"
     assert response.json()["type"] == "/problems/range-not-satisfiable"
     empty = client.get(f"/v1/jobs/{job}/files/empty.txt", headers={"Range": "bytes=0-"})

@@ -68,3 +68,12 @@ def test_a_wrong_value_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, va
 
 def test_jobs_get_no_setting() -> None:
     assert without_settings({"QUANTRY_DATABASE_URL": "x", "PATH": "y"}) == {"PATH": "y"}
+
+
+@pytest.mark.parametrize("name", Settings.model_fields)
+def test_the_operations_page_lists_every_setting(name: str) -> None:
+    field = Settings.model_fields[name]
+    default = "" if field.default in (None, "", ()) else f"`{field.default}`"
+    page = (Path(__file__).parents[3] / "docs" / "operations.md").read_text(encoding="utf-8")
+    assert field.description
+    assert f"| `QUANTRY_{name.upper()}` | {default} | {field.description} |" in page

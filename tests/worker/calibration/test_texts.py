@@ -57,6 +57,19 @@ def test_separated_documents_are_split_by_document(workspace: Workspace) -> None
     assert train.separate
 
 
+def test_json_lines_end_at_line_feeds_alone(workspace: Workspace) -> None:
+    documents = ["one\u2028two\x85three", "four"]
+    lines = [json.dumps({"text": text}, ensure_ascii=False) for text in documents]
+    write(workspace, "t.jsonl", "\r\n".join(lines) + "\r\n")
+    assert load_text(local("t.jsonl", split="all"), "calibration", workspace).documents == tuple(documents)
+
+
+@pytest.mark.parametrize(("name", "content"), [("t.txt", "a text"), ("t.jsonl", '{"text": "a text"}')])
+def test_a_byte_order_mark_is_no_part_of_a_text(workspace: Workspace, name: str, content: str) -> None:
+    write(workspace, name, content.encode("utf-8-sig"))
+    assert load_text(local(name, split="all"), "calibration", workspace).documents == ("a text",)
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_rows_are_documents(kind: str, workspace: Workspace) -> None:
     rows = [f"row {i}" for i in range(10)]
@@ -77,9 +90,12 @@ def test_rows_are_documents(kind: str, workspace: Workspace) -> None:
 def test_uploads_are_found_by_id(workspace: Workspace) -> None:
     write(workspace, "upload.jsonl", '{"text": "one"}\n{"text": "two"}\n')
     ref = DatasetRef(source="upload", id="ds_1", split="all")
-    assert load_text(ref, "calibration", workspace).documents == ("one", "two")
+    found = load_text(ref, "calibration", workspace)
+    assert (found.name, found.documents) == ("ds_1 (all)", ("one", "two"))
     with pytest.raises(DatasetError, match="there is no upload ds_2"):
         load_text(DatasetRef(source="upload", id="ds_2"), "calibration", workspace)
+    with pytest.raises(DatasetError, match="ds_1, line 1: no JSON object with a field 'body'"):
+        load_text(DatasetRef(source="upload", id="ds_1", field="body"), "calibration", workspace)
 
 
 @pytest.mark.parametrize(

@@ -74,3 +74,18 @@ def test_a_classifier_is_loaded_as_one(folder: Path) -> None:
 )
 def test_each_step_is_said_with_its_paper(step: Step, said: str, folder: Path) -> None:
     assert f"2. {said}" in card(folder, (RtnStep(bits=4), step))
+
+
+@pytest.mark.parametrize(("link", "kept"), [("https://example.org/licence", True), ("../LICENSE.txt", False)])
+def test_the_licence_is_carried_over_without_links_that_lead_nowhere(
+    folder: Path, tmp_path: Path, link: str, kept: bool
+) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "README.md").write_text(
+        f"---\nlicense: other\nlicense_name: mine\nlicense_link: {link}\n---\ntext\n"
+    )
+    write_model_card(folder, format="quantry", base_model="a/b", recipe=(RtnStep(bits=4),), source=source)
+    front = (folder / "README.md").read_text().split("---")[1].splitlines()
+    assert {"license: other", "license_name: mine"} <= set(front)
+    assert (f"license_link: {link}" in front) is kept

@@ -1,5 +1,6 @@
 """The adapter against stock transformers, on a tiny model of every family."""
 
+import json
 from pathlib import Path
 
 import factories
@@ -128,3 +129,29 @@ def test_a_truncated_file_is_refused(tmp_path: Path) -> None:
     file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(ModelError, match=r"model\.safetensors"):
         adapter(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        ("hidden_act", "nonsense", "nonsense"),
+        ("num_attention_heads", 5, "5"),
+        ("num_key_value_heads", 0, "zero"),
+        ("tie_word_embeddings", "no", "tie_word_embeddings.* 'no'"),
+    ],
+)
+def test_a_config_that_transformers_cannot_use_is_refused(
+    tmp_path: Path, key: str, value: object, reason: str
+) -> None:
+    folder = factories.write_checkpoint(tmp_path, "llama")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: value}))
+    with pytest.raises(ModelError, match=rf"transformers cannot use config\.json: .*{reason}"):
+        adapter(folder)
+
+
+def test_a_tokenizer_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
+    folder = factories.write_checkpoint(tmp_path, "llama")
+    (folder / "tokenizer.json").write_text("garbage")
+    with pytest.raises(ModelError, match=r"transformers cannot use the tokenizer: ."):
+        adapter(folder).tokenizer()

@@ -158,17 +158,23 @@ class BlockQuantizer:
         given: Stream | None,
         floating: Stream | None,
     ) -> tuple[Passage | None, Passage | None]:
-        pairs = ((block.module, given), (original, floating))
-        first, second = (self._passage(index, module, stream) if stream else None for module, stream in pairs)
-        return first, second
+        return (
+            self._passage(index, block.module, given, replaced=True) if given else None,
+            self._passage(index, original, floating, replaced=False) if floating else None,
+        )
 
-    def _passage(self, index: int, module: nn.Module, stream: Stream) -> Passage:
+    def _passage(self, index: int, module: nn.Module, stream: Stream, *, replaced: bool) -> Passage:
         names = [group[0] for group in self.model.groups(index)]
         layers = [module.get_submodule(name) for name in names]
         halves = self.model.halves
         if halves is not None and self._float_leaves and not self.dressing.quantizers:
             return Halves(
-                module, Parts(*(module.get_submodule(part) for part in halves)), layers, stream, index
+                module,
+                Parts(*(module.get_submodule(part) for part in halves)),
+                layers,
+                stream,
+                index,
+                replaced=replaced,
             )
         columns = max(self.model.columns(join(self.model.prefix(index), name)) for name in names)
         return passage(module, layers, stream, index, columns)

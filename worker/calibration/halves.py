@@ -29,13 +29,22 @@ class Parts:
 class Halves:
     """A passage (see `walk.Passage`) that overwrites what entered the block once the first half is done.
 
-    layers: where to stop: the attention's first layers, its output projection, the MLP's layers.
+    layers: where to stop: the attention's first layers, its output projection, the MLP's layers. replaced: whether
+    the weights of a group are, once its inputs were seen; if not, each batch goes on at once.
     """
 
     def __init__(
-        self, block: nn.Module, parts: Parts, layers: Sequence[nn.Module], stream: Stream, index: int
+        self,
+        block: nn.Module,
+        parts: Parts,
+        layers: Sequence[nn.Module],
+        stream: Stream,
+        index: int,
+        *,
+        replaced: bool,
     ) -> None:
         self._block, self._parts, self._stream, self._index = block, parts, stream, index
+        self._replaced = replaced
         self._layers = iter(enumerate(layers))
         self._projection = layers[1]
         self._projected: Tensor | None = None
@@ -45,11 +54,13 @@ class Halves:
         for where, states, call in self._stream.batches(self._index):  # holds on to nothing that it yields
             if number == 0:
                 yield layer_input(self._block, layer, states, call)
-            elif number == 1:
+            elif number == 1 and self._replaced:
                 yield self._hold(where, layer_input(self._block, layer, states, call))
+            elif number == 1:
+                yield from self._look_and_go_on(where, states, call)
             else:
-                if number == 2:
-                    self._stream.put(where, self._middle(where, states, call))
+                if number == 2 and self._projected is not None:
+                    self._stream.put(where, self._middle(self._projected[where], states, call))
                 yield self._second_input(layer, where, call, leave)
         if number == 2:
             self._projected = None
@@ -60,10 +71,14 @@ class Halves:
         self._projected[where] = x
         return self._projected[where]
 
-    def _middle(self, where: slice, states: Tensor, call: BlockCall) -> Tensor:
-        """The residual stream between the halves."""
-        assert self._projected is not None
-        attended = self._projection(self._projected[where])
+    def _look_and_go_on(self, where: slice, states: Tensor, call: BlockCall) -> Iterator[Tensor]:
+        x = layer_input(self._block, self._projection, states, call)
+        yield x
+        self._stream.put(where, self._middle(x, states, call))
+
+    def _middle(self, x: Tensor, states: Tensor, call: BlockCall) -> Tensor:
+        """The residual stream between the halves. x: what the attention's output projection is given."""
+        attended = self._projection(x)
         with _instead(self._parts.attention, lambda *_, **__: (attended, None)):
             return layer_input(self._block, self._parts.second_norm, states, call).view(states.shape)
 

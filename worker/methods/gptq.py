@@ -175,32 +175,35 @@ def sweep(w: Tensor, root: Tensor, columns: Columns, leaf: int = LEAF) -> Tensor
     points, errors = torch.empty_like(w), torch.empty_like(w)
     rows = [list(part) for part in (columns.scale, columns.low, columns.high)]
     grid = [(scale[g], low[g], high[g]) for scale, low, high in [rows] for g in columns.group_of.tolist()]
-    _sweep_columns(w, root / root.diagonal().unsqueeze(1), points, errors, grid, leaf)
+    _sweep_columns(w, root, points, errors, grid, leaf)
     return points
 
 
 def _sweep_columns(
     w: Tensor,
-    spread: Tensor,
+    root: Tensor,
     points: Tensor,
     errors: Tensor,
     grid: list[tuple[Tensor, Tensor, Tensor]],
     leaf: int,
 ) -> None:
-    """Sweep these columns; w, points and errors are overwritten. spread: U_ik / U_ii. grid: of each column."""
+    """Sweep these columns; w, points and errors are overwritten. grid: scale, low and high of each column."""
     count = len(w)
     if count > leaf:
         half = count // 2
         first, second = slice(half), slice(half, count)
-        _sweep_columns(w[first], spread[first, first], points[first], errors[first], grid[first], leaf)
-        w[second].addmm_(spread[first, second].T, errors[first], alpha=-1)
-        _sweep_columns(w[second], spread[second, second], points[second], errors[second], grid[second], leaf)
+        _sweep_columns(w[first], root[first, first], points[first], errors[first], grid[first], leaf)
+        w[second].addmm_(root[first, second].T, errors[first], alpha=-1)
+        _sweep_columns(w[second], root[second, second], points[second], errors[second], grid[second], leaf)
         return
+    diagonal = root.diagonal().unsqueeze(1)
+    spread = root / diagonal
     for i, (scale, low, high) in enumerate(grid):
         q = torch.div(w[i], scale, out=points[i]).round_().clamp_(low, high)
         error = torch.addcmul(w[i], q, scale, value=-1, out=errors[i])
         if i + 1 < count:
             w[i + 1 :].addr_(spread[i, i + 1 :], error, alpha=-1)
+    errors /= diagonal
 
 
 def descend(target: Tensor, points: Tensor, hessian: Tensor, columns: Columns, leaf: int = 32) -> Columns:

@@ -19,13 +19,12 @@ from transformers import (
 )
 
 import quantry.hf  # noqa: F401  (registers the format)
+from quantry.checkpoint_errors import CheckpointError
+from quantry.diffusion import SIDECAR
+from quantry.pipelines import load_pipeline
 from quantry.reports import Manifest
 from quantry.unpack import gguf_state, gptq_state
 from quantry.vision import VISION_FAMILIES
-
-
-class CheckpointError(ValueError):
-    """A folder that cannot be loaded as it is. The message names the file and says what to do."""
 
 
 def load(
@@ -34,11 +33,12 @@ def load(
     dtype: torch.dtype | str = "auto",
     device_map: str | dict[str, Any] | None = None,
     dequantize: bool = False,
-) -> nn.Module:
+) -> Any:
     """The model in `folder`, ready to run, with nothing missing and nothing left out.
 
     compressed-tensors and quantry checkpoints stay packed in memory; GPTQ and GGUF ones become dense weights,
-    exact in float32, and need neither gptqmodel nor llama.cpp.
+    exact in float32, and need neither gptqmodel nor llama.cpp. A diffusion pipeline comes back as the pipeline of
+    diffusers, in float32 on the CPU; the arguments are of no use to it.
 
     Args:
         dtype: of the activations and dense weights; "auto" is what config.json says.
@@ -47,6 +47,8 @@ def load(
     """
     path = Path(folder)
     check_files(path)
+    if (path / SIDECAR).is_file():
+        return load_pipeline(path)
     config_file = path / "config.json"
     if not config_file.is_file():
         raise CheckpointError(f"{path} has no config.json: it is not a checkpoint folder")
@@ -62,7 +64,7 @@ def load(
         path, dtype=dtype, device_map=device_map, output_loading_info=True
     )
     _check_info(path, info)
-    return model.dequantize() if dequantize and method is not None else model  # type: ignore[no-any-return]
+    return model.dequantize() if dequantize and method is not None else model
 
 
 def _auto_class(config: dict[str, Any]) -> Any:

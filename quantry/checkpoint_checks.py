@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from quantry.base import SpecError
+from quantry.contract import JobSpec
 from quantry.headers import TensorInfo
 
 MAX_SIZE = 2**31 - 1  # of anything that config.json counts
@@ -42,6 +43,17 @@ def architectures(config: Mapping[str, Any]) -> list[Any]:
     if not isinstance(found, list):
         raise SpecError("model", f"config.json: architectures is {found!r}, not a list of names")
     return found
+
+
+def refuse_diffusion(spec: JobSpec) -> None:
+    """That nothing is asked of a single network that only sampling has. Raises SpecError."""
+    if spec.sampling is not None:
+        raise SpecError("sampling", "only diffusion pipelines sample: leave it out")
+    if spec.evaluation is not None and spec.evaluation.features is not None:
+        raise SpecError("evaluation.features", "only samples of diffusion pipelines are compared by features")
+    for index, step in enumerate(spec.recipe):
+        if getattr(step, "edge_bits", None) is not None:
+            raise SpecError(f"recipe.{index}.edge_bits", "only denoisers have such layers: leave it out")
 
 
 def check_blocks(count: int | None, found: set[int]) -> None:

@@ -14,11 +14,14 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 
 from quantry.base import Bits, Label, Metric, Model, Name, SpecError
 from quantry.recipe import (
+    AccuquantStep,
     ActivationStep,
     AdalogStep,
+    AdaroundStep,
     BiasCompensationStep,
     GptqStep,
     IgqStep,
+    NoiseCorrectionStep,
     Ptq4vitStep,
     RepqStep,
     RtnStep,
@@ -26,8 +29,10 @@ from quantry.recipe import (
     SoftmaxBiasStep,
     Step,
     UniformStep,
+    WeightStep,
     check_recipe,
 )
+from quantry.sampling import Sampling
 
 Format = Literal["auto", "compressed-tensors", "gptq", "gguf", "quantry"]
 
@@ -107,7 +112,7 @@ Dataset = Annotated[
 
 
 class Calibration(Model):
-    """Windows of text that the quantizers see: `samples` windows of `sequence_length` tokens."""
+    """What the quantizers see: `samples` windows of text, images, or sampling trajectories (from seeds, no dataset)."""
 
     dataset: Dataset = DatasetRef(source="bundled", id="bundled/pydoc", split="train")
     samples: int = Field(128, ge=1, le=8192)
@@ -118,7 +123,7 @@ class Calibration(Model):
 
 
 class Evaluation(Model):
-    """Perplexity on non-overlapping windows of text; see docs/perplexity.md for the convention."""
+    """Perplexity on windows of text (docs/perplexity.md), accuracy on images, or samples against full precision's."""
 
     dataset: Dataset = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
     samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
@@ -126,10 +131,16 @@ class Evaluation(Model):
     metrics: tuple[Metric, ...] | None = Field(
         None,
         min_length=1,
-        description="null: perplexity of a language model; top1, top5 and kl of a classifier",
+        description="null: perplexity of a language model; top1, top5 and kl of a classifier; latent_mse, psnr, ssim "
+        "and, with `features`, frechet of a diffusion pipeline",
     )
     baselines: tuple[Literal["fp", "rtn"], ...] = ("fp", "rtn")
     allow_overlap: bool = Field(False, description="true: evaluate though calibration saw the same text")
+    features: ModelRef | None = Field(
+        None,
+        description="diffusion: the classifier whose last class token spans the space of the Frechet distance; "
+        "null: none, of bundled/ddpm-tiny bundled/vit-tiny",
+    )
 
 
 class Accept(Model):
@@ -158,6 +169,7 @@ class JobSpec(Model):
     recipe: tuple[Step, ...] = Field(min_length=1, max_length=8)
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Field(Evaluation(), description="null: no evaluation")
+    sampling: Sampling | None = Field(None, description="diffusion pipelines only; null: the defaults")
     format: Format = "auto"
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="auto: what the worker was started for"
@@ -170,9 +182,9 @@ class JobSpec(Model):
     labels: dict[Label, Label] = Field({}, max_length=32)
 
     @property
-    def weight_step(self) -> RtnStep | GptqStep:
+    def weight_step(self) -> WeightStep:
         """The one step that quantizes the weights; the validator sees to it that there is one."""
-        return next(step for step in self.recipe if isinstance(step, RtnStep | GptqStep))
+        return next(step for step in self.recipe if isinstance(step, WeightStep))
 
     @property
     def compensation(self) -> BiasCompensationStep | None:
@@ -186,6 +198,10 @@ class JobSpec(Model):
     @property
     def softmax_bias(self) -> SoftmaxBiasStep | None:
         return next((step for step in self.recipe if isinstance(step, SoftmaxBiasStep)), None)
+
+    @property
+    def accuquant(self) -> AccuquantStep | None:
+        return next((step for step in self.recipe if isinstance(step, AccuquantStep)), None)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -207,15 +223,32 @@ class JobRequest(Model):
     model: Name | ModelRef = Field(description="a name such as `bundled/opt-tiny`, or the full reference")
     bits: Bits | None = None
     method: (
-        Literal["rtn", "gptq", "uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant", "softmax_bias"]
+        Literal[
+            "rtn",
+            "gptq",
+            "adaround",
+            "uniform",
+            "ptq4vit",
+            "repq",
+            "adalog",
+            "igq",
+            "smoothquant",
+            "softmax_bias",
+            "accuquant",
+        ]
         | None
-    ) = Field(None, description="null: gptq; a method for activations brings its own weight step")
-    correction: Literal["bias_compensation", "softmax_bias"] | None = None
+    ) = Field(
+        None,
+        description="null: gptq; a method for activations brings its own weight step, accuquant `adaround` and "
+        "activations of 8 bits",
+    )
+    correction: Literal["bias_compensation", "softmax_bias", "noise_correction"] | None = None
     group_size: int | None = Field(None, ge=8, le=65536)
     symmetric: bool | None = None
     recipe: tuple[Step, ...] | None = Field(None, min_length=1, max_length=8)
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
+    sampling: Sampling | None = None
     format: Format = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -249,6 +282,8 @@ class JobRequest(Model):
     def _recipe(self) -> tuple[Step, ...]:
         assert self.bits is not None  # _one_form
         method = self.method or "gptq"
+        if method in ("adaround", "accuquant"):
+            return self._along_trajectories(method)
         symmetric = self.symmetric if self.symmetric is not None else self.format != "gptq"
         grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
         steps: list[Step] = []
@@ -260,12 +295,27 @@ class JobRequest(Model):
             steps.append(GptqStep(**grid))
         if method in _SHORT_STEPS:
             steps.append(_SHORT_STEPS[method](bits=self.bits))
-        if self.correction and self.correction != method:
-            chosen = BiasCompensationStep if self.correction == "bias_compensation" else SoftmaxBiasStep
-            steps.append(chosen())
-        return tuple(steps)
+        return (*steps, *self._corrections(method))
+
+    def _along_trajectories(self, method: str) -> tuple[Step, ...]:
+        """AdaRound, alone or with activations of 8 bits whose step sizes AccuQuant trains."""
+        assert self.bits is not None  # _one_form
+        weights = AdaroundStep(bits=self.bits, group_size=self.group_size, symmetric=bool(self.symmetric))
+        trained = (UniformStep(bits=8, range="mse"), AccuquantStep()) if method == "accuquant" else ()
+        return (weights, *trained, *self._corrections(method))
+
+    def _corrections(self, method: str) -> tuple[Step, ...]:
+        """The correction of the short form, unless the method is that already."""
+        if self.correction is None or self.correction == method:
+            return ()
+        return (_CORRECTIONS[self.correction](),)
 
 
+_CORRECTIONS: dict[str, Callable[[], Step]] = {
+    "bias_compensation": BiasCompensationStep,
+    "softmax_bias": SoftmaxBiasStep,
+    "noise_correction": NoiseCorrectionStep,
+}
 _SHORT_STEPS: dict[str, Callable[..., Step]] = {
     "uniform": UniformStep,
     "ptq4vit": Ptq4vitStep,

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from quantry.base import SpecError
+from quantry.checkpoint_checks import refuse_diffusion
 from quantry.contract import Format, JobSpec, resolve_format
 from quantry.families import Family, family_of, foldable_norms, holds_added_biases, rehome_target
 from quantry.headers import DTYPE_BITS, TensorInfo
@@ -26,7 +27,7 @@ from quantry.language_layers import (
     linear_layers,
     vocabulary_size,
 )
-from quantry.recipe import GptqStep, RtnStep, SmoothquantStep, dividing_group_sizes
+from quantry.recipe import GptqStep, SmoothquantStep, WeightStep, dividing_group_sizes
 from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -108,6 +109,7 @@ def _check_steps(spec: JobSpec, family: Family, config: Mapping[str, Any]) -> No
             )
         if isinstance(step, SmoothquantStep):
             _check_norms(f"recipe.{index}", family, config)
+    refuse_diffusion(spec)
     if spec.accept.accuracy_drop_max is not None:
         raise SpecError(
             "accept.accuracy_drop_max", "a language model has no top-1 accuracy: use perplexity_increase_max"
@@ -130,7 +132,7 @@ def added_bias(layer: Layer, spec: JobSpec) -> bool:
     return spec.compensation is not None and not layer.had_bias
 
 
-def _check_groups(weights: RtnStep | GptqStep, layers: tuple[Layer, ...]) -> None:
+def _check_groups(weights: WeightStep, layers: tuple[Layer, ...]) -> None:
     group = weights.group_size
     wrong = next((layer for layer in layers if group and layer.columns % group), None)
     if wrong is None:
@@ -165,7 +167,7 @@ def _unfit(
     family: Family,
     config: Mapping[str, Any],
     layers: tuple[Layer, ...],
-    weights: RtnStep | GptqStep,
+    weights: WeightStep,
     adds_biases: bool,
 ) -> str | None:
     """Why a format cannot hold the result exactly, or None if it can."""
@@ -213,7 +215,7 @@ def _resolve_lengths(spec: JobSpec, context: int | None) -> JobSpec:
     return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation})
 
 
-def _layer_bits(layer: Layer, spec: JobSpec, weights: RtnStep | GptqStep) -> int:
+def _layer_bits(layer: Layer, spec: JobSpec, weights: WeightStep) -> int:
     """Bits of codes, float16 scales, zero-points and added biases, packed without padding."""
     scales = layer.rows * _groups(layer, weights)
     zeros = 0 if weights.symmetric else scales * weights.bits
@@ -222,7 +224,7 @@ def _layer_bits(layer: Layer, spec: JobSpec, weights: RtnStep | GptqStep) -> int
     )
 
 
-def _stored_bytes(layer: Layer, written: _WRITTEN, weights: RtnStep | GptqStep) -> int:
+def _stored_bytes(layer: Layer, written: _WRITTEN, weights: WeightStep) -> int:
     """Bytes of the codes and grid parameters in the layout of the format (docs of each in worker/export)."""
     bits, groups = weights.bits, _groups(layer, weights)
     if written == "gguf":  # blocks of 32 codes with one float16 scale
@@ -290,5 +292,5 @@ def _warnings(
         yield f"stored as float16 instead of float32: {', '.join(sixteen)}"
 
 
-def _groups(layer: Layer, weights: RtnStep | GptqStep) -> int:
+def _groups(layer: Layer, weights: WeightStep) -> int:
     return layer.columns // weights.group_size if weights.group_size else 1

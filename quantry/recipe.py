@@ -11,6 +11,12 @@ from quantry.base import Bits, Model, SpecError
 Clip = Literal["none", "mse", "percentile"]
 
 
+EDGE_BITS = Field(
+    None,
+    description="diffusion: of the layers that read and write the latent; null: 8, elsewhere no such layers",
+)
+
+
 class WeightGrid(Model):
     """The grid of a weight-only step; shared by the steps that quantize weights."""
 
@@ -43,6 +49,20 @@ class RtnStep(WeightGrid):
         description="none: min-max, the whole range; mse: shrink each range to the least squared error; "
         "percentile: leave the outermost weights out",
     )
+    edge_bits: Bits | None = EDGE_BITS
+
+
+class AdaroundStep(WeightGrid):
+    """AdaRound (Nagel et al. 2020, arXiv:2004.10568) by blocks (BRECQ), over timesteps as Q-Diffusion does."""
+
+    method: Literal["adaround"] = "adaround"
+    symmetric: bool = False
+    clip: Clip = "mse"
+    edge_bits: Bits | None = EDGE_BITS
+    iterations: int = Field(300, ge=0, le=100_000, description="of each block; 0: round to nearest")
+    batch: int = Field(16, ge=1, le=1024, description="latents of an iteration")
+    latents: int = Field(128, ge=1, le=65536, description="calibration latents, over all timesteps")
+    learning_rate: float = Field(0.01, gt=0, le=1)
 
 
 class GptqStep(WeightGrid):
@@ -111,6 +131,7 @@ class UniformStep(ActivationGrid):
     range: Literal["min_max", "percentile", "mse"] = Field(
         "min_max", description="tensor: how the static range is chosen"
     )
+    edge_bits: Bits | None = EDGE_BITS
 
 
 class Ptq4vitStep(ActivationGrid):
@@ -177,13 +198,42 @@ class SoftmaxBiasStep(Model):
     )
 
 
-WeightStep = RtnStep | GptqStep
+class AccuquantStep(Model):
+    """AccuQuant (Lee et al. 2025, arXiv:2510.20348): train step sizes on where several denoising steps arrive."""
+
+    method: Literal["accuquant"] = "accuquant"
+    group: int = Field(5, ge=1, le=1000, description="M, consecutive steps that are simulated together")
+    gradient: Literal["accuquant", "exact"] = Field(
+        "accuquant", description="accuquant: as published, no gradient crosses a step; exact: it does"
+    )
+    per_group: bool = Field(True, description="a set of step sizes for each group; false: one for all steps")
+    start: Literal["fp", "progressive"] = Field(
+        "fp",
+        description="groups start from full-precision latents, or from those that the groups before reach",
+    )
+    iterations: int = Field(40, ge=0, le=100_000, description="of each group")
+    batch: int = Field(8, ge=1, le=1024, description="samples of an iteration")
+    learning_rate: float = Field(0.01, gt=0, le=1, description="of the logarithm of a step size")
+
+
+class NoiseCorrectionStep(Model):
+    """Correct what the quantized network predicts by a gain and a shift for each step and channel."""
+
+    method: Literal["noise_correction"] = "noise_correction"
+    rule: Literal["ptqd", "tac"] = Field(
+        "ptqd",
+        description="ptqd: He et al. 2023, arXiv:2305.10657; tac: Yao et al. 2024, arXiv:2407.03917, its noise "
+        "estimation reconstruction",
+    )
+
+
+WeightStep = RtnStep | GptqStep | AdaroundStep
 ActivationStep = UniformStep | Ptq4vitStep | RepqStep | AdalogStep | IgqStep | SmoothquantStep
-CorrectionStep = BiasCompensationStep | SoftmaxBiasStep
+CorrectionStep = BiasCompensationStep | SoftmaxBiasStep | AccuquantStep | NoiseCorrectionStep
 Step = Annotated[WeightStep | ActivationStep | CorrectionStep, Field(discriminator="method")]
-WEIGHT_METHODS = ("rtn", "gptq")
+WEIGHT_METHODS = ("rtn", "gptq", "adaround")
 ACTIVATION_METHODS = ("uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant")
-CORRECTION_METHODS = ("bias_compensation", "softmax_bias")
+CORRECTION_METHODS = ("bias_compensation", "softmax_bias", "accuquant", "noise_correction")
 
 
 def check_recipe(recipe: tuple[Step, ...]) -> None:
@@ -194,7 +244,7 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(
             "recipe.0",
-            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn` or `gptq` before it",
+            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn`, `gptq` or `adaround` before it",
         )
     seen: list[str] = []
     for index, step in enumerate(recipe):
@@ -213,6 +263,10 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
                 raise SpecError(path, f"a second activation step; `{before}` already quantizes them")
             if before is not None:
                 raise SpecError(path, f"`{before}` corrects what `{step.method}` does: put it after")
+        if step.method == "accuquant" and not set(seen) & set(ACTIVATION_METHODS):
+            raise SpecError(path, "`accuquant` trains the step sizes of activations: put `uniform` before it")
+        if "noise_correction" in seen:
+            raise SpecError(path, f"`noise_correction` corrects what `{step.method}` does: put it last")
         seen.append(step.method)
 
 

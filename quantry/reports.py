@@ -108,6 +108,39 @@ class BitOperations(Model):
     overhead: float
 
 
+class StepGroup(Model):
+    """Steps [first, last) that AccuQuant calibrated together: the mean squared error of the latent at their end.
+
+    before, after: training; on the calibration samples. seconds: of wall time.
+    """
+
+    first: int
+    last: int
+    before: float
+    after: float
+    seconds: float
+
+
+class TrajectoryReport(Model):
+    """Squared errors of the latent after each sampling step, against full precision from the same seed.
+
+    Means over the latent's elements and over `samples` seeds that calibration has not seen. single: one quantized
+    step from a full-precision latent; accumulated: every step so far quantized. _rtn: round to nearest, None where it
+    was not asked for. pictures: the first samples of each network, as paths of PNG files in the artifact.
+    """
+
+    scheduler: str
+    eta: float
+    timesteps: tuple[int, ...]
+    samples: int
+    single: tuple[float, ...]
+    accumulated: tuple[float, ...]
+    single_rtn: tuple[float, ...] | None = None
+    accumulated_rtn: tuple[float, ...] | None = None
+    groups: tuple[StepGroup, ...] = ()
+    pictures: dict[str, str] = Field(default_factory=dict)
+
+
 class SizeReport(Model):
     fp_bytes: int
     quantized_bytes: int
@@ -164,6 +197,7 @@ class Report(Model):
     blocks: tuple[BlockReport, ...]
     operands: tuple[OperandReport, ...] = ()
     bit_operations: BitOperations | None = None
+    trajectory: TrajectoryReport | None = None
     cost: CostReport
     estimate: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantry.base import Metric, SpecError
+from quantry.checkpoint_checks import refuse_diffusion
 from quantry.contract import DatasetRef, JobSpec
 from quantry.headers import TensorInfo
 from quantry.recipe import dividing_group_sizes
@@ -228,6 +229,7 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 "the twin grid of `ptq4vit` is made for GELU, and this model's hidden_act is "
                 f"`{activation_function(config)}`: use another activation method, such as `uniform`",
             )
+    refuse_diffusion(spec)
     if spec.format not in ("auto", "quantry"):
         raise SpecError(
             "format", f"{spec.format} has no place for a classifier's convolution and quantizers: use quantry"
@@ -249,9 +251,10 @@ def _resolve(spec: JobSpec, classes: int) -> JobSpec:
     evaluation = spec.evaluation
     if evaluation is not None:
         metrics = evaluation.metrics or _METRICS
-        if "perplexity" in metrics:
+        unknown = next((metric for metric in metrics if metric not in _METRICS), None)
+        if unknown is not None:
             raise SpecError(
-                "evaluation.metrics", f"a classifier has no perplexity; choose of {', '.join(_METRICS)}"
+                "evaluation.metrics", f"a classifier has no {unknown}; choose of {', '.join(_METRICS)}"
             )
         if evaluation.metrics and "kl" in metrics and "fp" not in evaluation.baselines:
             raise SpecError(

@@ -7,22 +7,32 @@ from dataclasses import dataclass
 
 from quantry.contract import DatasetRead, JobSpec
 from quantry.recipe import (
+    AccuquantStep,
     ActivationGrid,
     BiasCompensationStep,
-    GptqStep,
     IgqStep,
-    RtnStep,
+    NoiseCorrectionStep,
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
     UniformStep,
+    WeightStep,
 )
 from quantry.reports import BitOperations
 
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 _COUNTS = ("", "k", "M", "G", "T", "P")
 _ACCURACIES = {"top1": "top-1 accuracy", "top5": "top-5 accuracy"}
-_METRICS = {**_ACCURACIES, "kl": "KL divergence, nats"}
+_METRICS = {
+    **_ACCURACIES,
+    "kl": "KL divergence, nats",
+    "latent_mse": "squared error of the final latent",
+    "psnr": "PSNR to full precision, dB",
+    "ssim": "SSIM to full precision",
+    "frechet": "Frechet distance to full precision's samples",
+}
+_HIGHER = (*_ACCURACIES, "psnr", "ssim")
+_SAMPLED = ("latent_mse", "psnr", "ssim", "frechet")
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,7 @@ class MethodName:
 METHODS = {
     "rtn": MethodName("RTN"),
     "gptq": MethodName("GPTQ", "Frantar et al. 2022", "2210.17323"),
+    "adaround": MethodName("AdaRound", "Nagel et al. 2020", "2004.10568"),
     "uniform": MethodName("uniform activations"),
     "ptq4vit": MethodName("PTQ4ViT", "Yuan et al. 2022", "2111.12293"),
     "repq": MethodName("RepQ-ViT", "Li et al. 2023", "2212.08254"),
@@ -54,6 +65,8 @@ METHODS = {
     "smoothquant": MethodName("SmoothQuant", "Xiao et al. 2022", "2211.10438"),
     "bias_compensation": MethodName("bias compensation", "Gong et al. 2024", "2404.01892"),
     "softmax_bias": MethodName("softmax bias correction", "Pandey et al. 2023", "2309.01729"),
+    "accuquant": MethodName("AccuQuant", "Lee et al. 2025", "2510.20348"),
+    "noise_correction": MethodName("noise correction", "He et al. 2023", "2305.10657"),
 }
 
 
@@ -122,7 +135,7 @@ def metric_text(metric: str) -> str:
 
 
 def higher_is_better(metric: str) -> bool:
-    return metric in _ACCURACIES
+    return metric in _HIGHER
 
 
 def figure_text(metric: str, value: float | None) -> str:
@@ -131,7 +144,7 @@ def figure_text(metric: str, value: float | None) -> str:
         return "–"
     if metric in _ACCURACIES:
         return f"{100 * value:.2f} %"
-    return f"{value:.4g}" if metric == "kl" else number_text(value)
+    return f"{value:.4g}" if metric in ("kl", *_SAMPLED) else number_text(value)
 
 
 def figure_change_text(metric: str, value: float | None, base: float | None) -> str:
@@ -145,8 +158,8 @@ def figure_change_text(metric: str, value: float | None, base: float | None) -> 
 
 
 def samples_text(metric: str, samples: int) -> str:
-    """What a figure was measured on: 412 windows of text, 1,000 images."""
-    noun = "window" if metric == "perplexity" else "image"
+    """What a figure was measured on: 412 windows of text, 1,000 images, 64 samples."""
+    noun = "window" if metric == "perplexity" else "sample" if metric in _SAMPLED else "image"
     return f"{samples:,} {noun}{'' if samples == 1 else 's'}"
 
 
@@ -174,8 +187,14 @@ def _step_text(step: Step) -> str:
         return name + (" per position" if step.granularity == "position_channel" else "")
     if isinstance(step, SoftmaxBiasStep):
         return name
+    if isinstance(step, NoiseCorrectionStep):
+        return f"{name} ({step.rule})"
+    if isinstance(step, AccuquantStep):
+        return f"{name}, {step.group} steps a group" + (
+            ", exact gradient" if step.gradient == "exact" else ""
+        )
     words = [f"{name} {step.bits} bits"]
-    if isinstance(step, RtnStep | GptqStep):
+    if isinstance(step, WeightStep):
         if step.group_size:
             words.append(f"groups of {step.group_size}")
         if not step.symmetric:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantry.layers.operands import attach, set_probability_bias
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
-from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep
+from quantry.recipe import BiasCompensationStep, GptqStep, WeightStep
 from worker.calibration.halves import Halves, Parts
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
@@ -79,7 +79,7 @@ class BlockQuantizer:
     def __init__(
         self,
         model: Network,
-        step: RtnStep | GptqStep,
+        step: WeightStep,
         compensation: BiasCompensationStep | None,
         positions: int | None,
         dressing: Dressing | None = None,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 import resource
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from torch import Tensor
 import quantry
 from quantry.contract import JobSpec
 from quantry.costs import estimate
+from quantry.diffusion import INDEX
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
@@ -33,7 +35,7 @@ from worker.export.verify import verify
 from worker.export.vision import write_vision
 from worker.methods.bops import count, model_products
 from worker.models.causal_lm import CausalLM
-from worker.models.source import check_folder
+from worker.models.source import check_folder, resolve
 from worker.models.vision import VisionModel
 from worker.prepare import Prepared, prepare
 from worker.progress import Progress
@@ -45,12 +47,24 @@ REFERENCE_IMAGES = 4
 REFERENCE = (2, 64)  # windows and tokens of the batch on which the written checkpoint must agree
 
 
+# Jobs that no block sweep runs: what they are, and the module whose `run` takes them, imported only then.
+_OTHERS: tuple[tuple[Callable[[JobSpec, Path], bool], str], ...] = (
+    (lambda spec, folder: (folder / INDEX).is_file(), "worker.diffusion.job"),
+)
+
+
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | Rejected:
     """Run one job. Raises QuantizationError and its kinds; what it wrote is then of no use to anybody."""
     began = time.perf_counter(), time.process_time()
     if workspace.threads is not None:
         torch.set_num_threads(workspace.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    progress.stage(State.PREPARING, "resolving the model")
+    folder = resolve(spec.model, workspace)
+    for concerns, module in _OTHERS:
+        if concerns(spec, folder):
+            other: Succeeded | Rejected = importlib.import_module(module).run(spec, workspace, progress)
+            return other
     job = prepare(spec, workspace, progress)
     store = BlockStore(workspace.checkpoints, job.fingerprint)
     found = calibrate_activations(job.model, job.spec, job.calibration, progress)

@@ -68,7 +68,7 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared
         planned = plan_vision(spec, config, tensors) if is_vision(config) else plan(spec, config, tensors)
     except SpecError as error:
         raise RecipeError(f"{error.path}: {error.detail}") from error
-    device = _device(spec, workspace)
+    device = device_of(spec, workspace)
     if isinstance(planned, VisionPlan):
         return _classifier(planned, folder, device, workspace, progress)
     return _language_model(planned, folder, device, workspace, progress)
@@ -212,7 +212,8 @@ def _check_vocabulary(tokens: np.ndarray[Any, Any], model: CausalLM) -> None:
         )
 
 
-def _device(spec: JobSpec, workspace: Workspace) -> torch.device:
+def device_of(spec: JobSpec, workspace: Workspace) -> torch.device:
+    """Where the job runs. Raises DeviceError."""
     wanted = workspace.device if spec.device == "auto" else spec.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise DeviceError("device: cuda was asked for, but this worker has no CUDA device")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from quantry.quantizers.affine import QuantizedWeight
-from quantry.recipe import GptqStep, RtnStep
+from quantry.recipe import GptqStep, RtnStep, WeightStep
 from worker.calibration.statistics import InputStatistics
 from worker.methods.gptq import factorize, gptq
 from worker.methods.rtn import rtn
@@ -59,6 +59,6 @@ WEIGHT_STEPS: dict[type, Callable[[list[Tensor], InputStatistics | None, Any], W
 }
 
 
-def needs_statistics(step: RtnStep | GptqStep) -> bool:
+def needs_statistics(step: WeightStep) -> bool:
     """Whether the step looks at calibration data."""
     return isinstance(step, GptqStep)

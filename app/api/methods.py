@@ -11,15 +11,20 @@ from fastapi import Response
 from app.api.deps import Reader
 from app.api.router import Router
 from quantry.contract import MethodInfo, MethodPage
+from quantry.diffusion import PIPELINES
+from quantry.diffusion_planning import DIFFUSION_METHODS
 from quantry.families import FAMILIES
 from quantry.planning import LANGUAGE_METHODS
 from quantry.recipe import (
     ACTIVATION_METHODS,
     WEIGHT_METHODS,
+    AccuquantStep,
     AdalogStep,
+    AdaroundStep,
     BiasCompensationStep,
     GptqStep,
     IgqStep,
+    NoiseCorrectionStep,
     Ptq4vitStep,
     RepqStep,
     RtnStep,
@@ -56,6 +61,11 @@ _ENTRIES = {
         "heavy",
         _WEIGHTS,
     ),
+    "adaround": Entry(
+        AdaroundStep,
+        "AdaRound: learn for each weight whether it is rounded down or up, block by block",
+        "heavy",
+    ),
     "uniform": Entry(
         UniformStep, "Uniform activations: one evenly spaced grid a tensor, or one a token", "light"
     ),
@@ -90,15 +100,25 @@ _ENTRIES = {
         "Softmax bias correction: give attention probabilities the mass back that rounding takes",
         "light",
     ),
+    "accuquant": Entry(
+        AccuquantStep,
+        "AccuQuant: train activation step sizes on where several denoising steps arrive",
+        "heavy",
+    ),
+    "noise_correction": Entry(
+        NoiseCorrectionStep, "Noise correction: a gain and a shift of the prediction for each step", "light"
+    ),
 }
 
 
 def _families(method: str) -> Iterator[str]:
-    """The `model_type`s whose planner takes the step."""
+    """The `model_type`s and pipeline classes whose planner takes the step."""
     if method in LANGUAGE_METHODS:
         yield from sorted(FAMILIES)
     if method in VISION_METHODS:
         yield from sorted(VISION_FAMILIES)
+    if method in DIFFUSION_METHODS:
+        yield from sorted(PIPELINES)
 
 
 def _role(method: str) -> Literal["weights", "activations", "correction"]:

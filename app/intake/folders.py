@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from app.intake.errors import InputRefused, ModelRefused
 from quantry.checkpoint_checks import leaving_link
+from quantry.diffusion import INDEX as PIPELINE_INDEX
+from quantry.diffusion import Component, read_components
 from quantry.headers import HeaderError, TensorInfo, merge_shards, read_header
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -23,10 +25,14 @@ MAX_JSON_BYTES = 32 << 20  # the index of a model with a hundred thousand tensor
 
 @dataclass(frozen=True)
 class Outside:
-    """What a checkpoint says of itself without being loaded."""
+    """What a checkpoint says of itself without being loaded.
+
+    components: of a diffusion pipeline, whose config is its model_index.json.
+    """
 
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
+    components: Mapping[str, Component] = field(default_factory=dict)
 
 
 def below_roots(name: str, roots: tuple[Path, ...], *, path: str, missing: type[InputRefused]) -> Path:
@@ -92,6 +98,8 @@ def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
     """Config and tensors of a folder. Raises ModelRefused, also for links that lead out of the roots."""
     if not folder.is_dir():
         raise ModelRefused("model.id", f"{folder.name} is not a folder")
+    if (folder / PIPELINE_INDEX).is_file():
+        return _read_pipeline(folder)
     try:
         if roots is not None and (name := leaving_link(folder, roots)):
             raise ModelRefused("model.id", f"{name} is a link that leads out of the server's model roots")
@@ -101,6 +109,29 @@ def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
     check_listing(files, where=folder.name)
     seen = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()))
     return _read(folder, seen)
+
+
+def _read_pipeline(folder: Path) -> Outside:
+    """A folder of diffusers. Links that lead out of it are not followed."""
+    root = folder.resolve()
+    found = [path for path in folder.rglob("*") if path.is_file() and path.resolve().is_relative_to(root)]
+    names = {path.relative_to(folder).as_posix() for path in found}
+
+    def read(name: str) -> bytes:
+        size = (folder / name).stat().st_size
+        if size > MAX_JSON_BYTES:
+            raise ModelRefused("model.id", f"{name} has {size} bytes; the limit is {MAX_JSON_BYTES}")
+        return (folder / name).read_bytes()
+
+    try:
+        index = parse_json(read(PIPELINE_INDEX), name=PIPELINE_INDEX)
+        return Outside(
+            index, {}, read_components(index, names, read, lambda name: read_header(folder / name))
+        )
+    except HeaderError as error:
+        raise ModelRefused("model.id", str(error)) from error
+    except OSError as error:
+        raise ModelRefused("model.id", f"{folder.name} cannot be read: {error.strerror}") from error
 
 
 @lru_cache(maxsize=64)

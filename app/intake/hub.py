@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +32,8 @@ from app.intake.folders import (
     read_folder,
     shard_names,
 )
+from quantry.diffusion import INDEX as PIPELINE_INDEX
+from quantry.diffusion import read_components
 from quantry.headers import HeaderError, TensorInfo, header_length, merge_shards, parse_header
 
 TIMEOUT_S = 10.0
@@ -62,7 +64,8 @@ class Hub:
                 return folder.name, read_folder(folder)
             info = self._api.model_info(name, revision=revision, files_metadata=True, timeout=TIMEOUT_S)
             sizes = {file.rfilename: file.size for file in info.siblings or ()}
-            check_listing(sizes, where=name)
+            if PIPELINE_INDEX not in sizes:
+                check_listing(sizes, where=name)
             if info.sha is None:
                 raise HubUnreachable("model.id", f"the hub named no commit of {name}")
             return info.sha, _read_remote(self.url, name, info.sha, frozenset(sizes.items()))
@@ -104,6 +107,8 @@ def _read_remote(
     def address(file: str) -> str:
         return hf_hub_url(name, file, revision=commit, endpoint=url)
 
+    if PIPELINE_INDEX in sizes:
+        return _read_remote_pipeline(address, sizes)
     config = parse_json(_whole(address("config.json"), "config.json"), name="config.json")
     weight_map, shards = None, [WEIGHTS]
     if WEIGHTS not in sizes:
@@ -119,6 +124,21 @@ def _read_remote(
         return Outside(config, merge_shards(weight_map, found))
     except HeaderError as error:
         raise ModelRefused("model.id", str(error)) from error
+
+
+def _read_remote_pipeline(address: Callable[[str], str], sizes: Mapping[str, int | None]) -> Outside:
+    """The components of a diffusion pipeline, file by file."""
+    try:
+        index = parse_json(_whole(address(PIPELINE_INDEX), PIPELINE_INDEX), name=PIPELINE_INDEX)
+        components = read_components(
+            index,
+            sizes,
+            lambda file: _whole(address(file), file),
+            lambda file: _remote_header(address(file), file, sizes[file]),
+        )
+    except HeaderError as error:
+        raise ModelRefused("model.id", str(error)) from error
+    return Outside(index, {}, components)
 
 
 def _remote_header(address: str, file: str, size: int | None) -> dict[str, TensorInfo]:

@@ -14,12 +14,15 @@ from app.intake.hub import Hub
 from app.intake.images import check_images, read_images
 from app.intake.texts import check_length, check_overlap, read_text
 from app.shared.settings import Settings
+from quantry.base import SpecError
 from quantry.bundled import NotBundledError, bundled_model
 from quantry.contract import DatasetRef, JobSpec, ModelRef
 from quantry.costs import estimate
+from quantry.diffusion import is_pipeline
+from quantry.diffusion_planning import DiffusionPlan, estimate_diffusion, plan_diffusion
 from quantry.planning import Plan, plan
 from quantry.reports import Estimate
-from quantry.vision import is_vision
+from quantry.vision import is_vision, vision_family_of
 from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
 
 
@@ -30,7 +33,7 @@ class Prepared:
     loaded_bytes: of the arrays of images that calibration and evaluation read whole.
     """
 
-    plan: Plan | VisionPlan
+    plan: Plan | VisionPlan | DiffusionPlan
     evaluation_bytes: int | None = None
     evaluation_images: int | None = None
     loaded_bytes: int = 0
@@ -43,6 +46,8 @@ class Prepared:
     def estimate(self, settings: Settings) -> Estimate:
         threads = settings.threads or os.cpu_count() or 1
         cuda = self.spec.device == "cuda" or (self.spec.device == "auto" and settings.device == "cuda")
+        if isinstance(self.plan, DiffusionPlan):
+            return estimate_diffusion(self.plan, threads=threads, cuda=cuda)
         if isinstance(self.plan, VisionPlan):
             return estimate_vision(
                 self.plan,
@@ -61,9 +66,11 @@ def prepare(spec: JobSpec, settings: Settings, *, session: Session, owner: str) 
     """
     hub = Hub(settings.hub_url, settings.cache, settings.offline)
     sources = Sources(settings, hub, session, owner)
-    check_overlap(spec)
     ref, outside = _model(spec.model, settings, hub)
     spec = spec.model_copy(update={"model": ref})
+    if is_pipeline(outside.config):
+        return _pipeline(spec, outside, settings, hub)
+    check_overlap(spec)
     if is_vision(outside.config):
         return _classifier(spec, outside, sources)
     return _language_model(spec, outside, sources)
@@ -94,6 +101,18 @@ def _classifier(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
         evaluation_images=evaluation.counts.images if evaluation and evaluation.counts else None,
         loaded_bytes=sum(count.loaded_bytes for count in counts),
     )
+
+
+def _pipeline(spec: JobSpec, outside: Outside, settings: Settings, hub: Hub) -> Prepared:
+    planned = plan_diffusion(spec, outside.config, outside.components)
+    evaluation = planned.spec.evaluation
+    if evaluation is None or evaluation.features is None:
+        return Prepared(planned)
+    ref, extractor = _model(evaluation.features, settings, hub)
+    if not is_vision(extractor.config) or vision_family_of(extractor.config).pooled == "mean":
+        raise SpecError("evaluation.features", f"{ref.id} is no image classifier with a class token")
+    pinned = evaluation.model_copy(update={"features": ref})
+    return Prepared(replace(planned, spec=planned.spec.model_copy(update={"evaluation": pinned})))
 
 
 def _pinned(spec: JobSpec, calibration: DatasetRef, evaluation: DatasetRef | None) -> JobSpec:

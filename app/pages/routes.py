@@ -25,6 +25,7 @@ from app.shared import jobs
 from app.shared.errors import KeyRefused, NotFound, ServiceError
 from quantry.base import SpecError
 from quantry.bundled import BUNDLED_IMAGES, BUNDLED_MODELS, BUNDLED_TEXTS
+from quantry.diffusion import PIPELINES
 from quantry.families import FAMILIES
 from quantry.jobs import FINISHED, JobRead
 from quantry.reports import Estimate, Manifest
@@ -180,11 +181,18 @@ def _choices(*roles: str) -> list[tuple[str, str]]:
     return [
         (
             info.method,
-            NAMES[info.method].name + ("" if set(info.families) & set(FAMILIES) else " (image classifiers)"),
+            NAMES[info.method].name + _limits(set(info.families)),
         )
         for info in METHODS.items
         if info.role in roles
     ]
+
+
+def _limits(families: set[str]) -> str:
+    """A word on methods that no language model can take."""
+    if families & set(FAMILIES):
+        return ""
+    return " (diffusion)" if families <= set(PIPELINES) else " (image classifiers)"
 
 
 def _read(services: Services, job_id: str, owner: str) -> JobRead:

@@ -20,6 +20,7 @@ from quantry.cli import render
 from quantry.cli.request import Options, build_request, parse_labels
 from quantry.cli.session import INTERRUPTED, JOB_FAILED, Session, session
 from quantry.client.connection import DEFAULT_URL
+from quantry.diffusion import INDEX
 from quantry.jobs import JobRead, State
 from quantry.reports import Manifest
 
@@ -270,9 +271,11 @@ def delete_dataset(
 
 
 def _bundled(name: str, folder: Path) -> dict[str, Any]:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-    return {"id": name, "architecture": config["architectures"][0], "bytes": size}
+    index = folder / INDEX
+    config = json.loads((index if index.exists() else folder / "config.json").read_text(encoding="utf-8"))
+    size = sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+    architecture = config["_class_name"] if index.exists() else config["architectures"][0]
+    return {"id": name, "architecture": architecture, "bytes": size}
 
 
 def _recipe_fields(

@@ -14,6 +14,7 @@ _RECIPE, _DATA, _MORE = "Recipe", "Data", "More"
 class Method(StrEnum):
     RTN = "rtn"
     GPTQ = "gptq"
+    ADAROUND = "adaround"
     UNIFORM = "uniform"
     PTQ4VIT = "ptq4vit"
     REPQ = "repq"
@@ -21,11 +22,13 @@ class Method(StrEnum):
     IGQ = "igq"
     SMOOTHQUANT = "smoothquant"
     SOFTMAX_BIAS = "softmax_bias"
+    ACCUQUANT = "accuquant"
 
 
 class Correction(StrEnum):
     BIAS_COMPENSATION = "bias_compensation"
     SOFTMAX_BIAS = "softmax_bias"
+    NOISE_CORRECTION = "noise_correction"
 
 
 class FormatName(StrEnum):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d
@@ -57,6 +59,45 @@ class QuantizedConv2d(QuantizedLinear):
         assert self.position_bias is not None
         bias = position_bias_of(self.position_bias, places)
         return bias.transpose(1, 2).reshape(1, -1, height, width).to(y.dtype)
+
+
+class SplitConv2d(nn.Module):
+    """Takes the place of a convolution behind a concatenation, whose halves of the input have grids of their own.
+
+    split: channels of the deep and of the skip half. The dense kernel is both halves side by side.
+    """
+
+    def __init__(self, dense: nn.Conv2d, form: LinearFormat, split: tuple[int, int]) -> None:
+        super().__init__()
+        self.split = split
+        self.deep = QuantizedConv2d(_part(dense, split[0]), form)
+        self.skip = QuantizedConv2d(_part(dense, split[1]), replace(form, bias=False))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense kernel (out, in, kh, kw), in the model's dtype."""
+        return self.kernel(self.deep.empty.dtype)
+
+    def kernel(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([self.deep.kernel(dtype), self.skip.kernel(dtype)], dim=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.deep.bias is None else self.deep.bias.to(x.dtype)
+        return conv2d(x, self.kernel(x.dtype), bias, self.deep.stride, self.deep.padding, self.deep.dilation)
+
+
+def _part(dense: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """A convolution of the same geometry that reads so many channels, without memory for its weights."""
+    with torch.device("meta"):
+        return nn.Conv2d(
+            channels,
+            dense.out_channels,
+            _pair(dense.kernel_size),
+            _pair(dense.stride),
+            dense.padding if isinstance(dense.padding, str) else _pair(dense.padding),
+            _pair(dense.dilation),
+            padding_mode=dense.padding_mode,
+        )
 
 
 def _pair(values: tuple[int, ...]) -> tuple[int, int]:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.reports import BlockReport, LayerReport
+from worker.calibration.pieces import PieceStore
 from worker.models.network import Network, join
 
 
@@ -31,22 +26,15 @@ class FinishedBlock:
 
 
 class BlockStore:
-    """One file a block, written whole or not at all; a store of another fingerprint is emptied."""
+    """One piece a block; see PieceStore."""
 
     def __init__(self, folder: Path, fingerprint: str) -> None:
-        self._folder = folder
-        mark = folder / "fingerprint"
-        if not mark.exists() or mark.read_text() != fingerprint:
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            mark.write_text(fingerprint)
-        for partial in folder.glob("*.part"):
-            partial.unlink(missing_ok=True)
+        self._pieces = PieceStore(folder, fingerprint)
 
     def finished(self) -> int:
         """How many blocks, from the first, are done."""
         index = 0
-        while self._path(index).exists():
+        while _name(index) in self._pieces:
             index += 1
         return index
 
@@ -75,18 +63,13 @@ class BlockStore:
             "reports": json.dumps([r.model_dump(mode="json") for r in block.reports]),
             "report": block.report.model_dump_json(),
         }
-        partial = self._path(index).with_suffix(f".{uuid.uuid4().hex}.part")  # a frozen attempt may thaw
-        save_file({name: t.contiguous().cpu() for name, t in tensors.items()}, partial, metadata)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(self._path(index))
+        self._pieces.save(_name(index), tensors, metadata)
 
     def load(self, index: int, device: torch.device) -> FinishedBlock:
-        with safe_open(self._path(index), framework="pt", device=str(device)) as file:
-            metadata = file.metadata()
-            layers = {
-                name: _layer(file, name, facts) for name, facts in json.loads(metadata["layers"]).items()
-            }
+        tensors, metadata = self._pieces.load(_name(index), device)
+        layers = {
+            name: _layer(tensors, name, facts) for name, facts in json.loads(metadata["layers"]).items()
+        }
         reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
         return FinishedBlock(layers, reports, BlockReport.model_validate_json(metadata["report"]))
 
@@ -96,16 +79,16 @@ class BlockStore:
             for name, layer in self.load(index, torch.device("cpu")).layers.items():
                 yield join(network.prefix(index), name), layer
 
-    def _path(self, index: int) -> Path:
-        return self._folder / f"block-{index:05d}.safetensors"
+
+def _name(index: int) -> str:
+    return f"block-{index:05d}"
 
 
-def _layer(file: Any, name: str, facts: dict[str, int]) -> QuantizedLayer:
-    keys = set(file.keys())
+def _layer(tensors: Mapping[str, Tensor], name: str, facts: dict[str, int]) -> QuantizedLayer:
     read = {
-        k: file.get_tensor(f"{name}.{k}")
+        k: tensors[f"{name}.{k}"]
         for k in ("codes", "scale", "zero", "bias", "position_bias")
-        if f"{name}.{k}" in keys
+        if f"{name}.{k}" in tensors
     }
     weight = QuantizedWeight(
         read["codes"],

@@ -12,14 +12,15 @@ activations, a set for each group, Adam on their logarithms with cosine decay.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from worker.diffusion.quantizers import StepNetwork, trainable
+from worker.diffusion.quantizers import StepNetwork, StepQuantizer, trainable
 from worker.diffusion.steps import Denoiser, Step
 from worker.diffusion.trajectory import SeededNoise
 from worker.errors import NonFiniteError, RecipeError
@@ -50,12 +51,24 @@ class AccuQuant:
 
 @dataclass(frozen=True)
 class GroupResult:
-    """L over all calibration samples at the initial and at the trained step sizes. first, last: steps [first, last)."""
+    """L over all calibration samples at the initial and at the trained step sizes. first, last: steps [first, last).
+
+    seconds: of wall time; of one for all groups where they share step sizes.
+    """
 
     first: int
     last: int
     loss_before: float
     loss_after: float
+    seconds: float = 0.0
+
+
+class Pieces(Protocol):
+    """Tables of log step sizes by layer, as they are once group `number` is done."""
+
+    def load(self, number: int) -> tuple[dict[str, Tensor], list[GroupResult]] | None: ...
+
+    def save(self, number: int, tables: dict[str, Tensor], results: list[GroupResult]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -122,6 +135,7 @@ def calibrate(
     noise: SeededNoise,
     options: AccuQuant,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    pieces: Pieces | None = None,
 ) -> list[GroupResult]:
     """Train the step sizes of the network's quantizers in place, group after group; see `train`.
 
@@ -130,6 +144,7 @@ def calibrate(
         bounds: full-precision latents at the boundaries of the groups, from `trajectory.boundaries`:
             (groups + 1, samples, C, H, W).
         noise: that `bounds` were sampled from. tell: hears (done, total) after each iteration.
+        pieces: where finished groups are kept; those that are there already are not trained again.
     Raises: RecipeError for settings that contradict each other, NonFiniteError.
     """
     ranges = group_steps(len(network.steps), options.group)
@@ -139,18 +154,41 @@ def calibrate(
     assert len(bounds) == len(ranges) + 1, "bounds are not those of these groups"
     groups = [Group(r, bounds[g], bounds[g + 1]) for g, r in enumerate(ranges)]
     total = len(groups) * options.iterations
-    if not options.per_group:
-        return train(network, groups, noise, options, lambda done: tell(done, total))
+    shared = [groups] if not options.per_group else [[group] for group in groups]
     results: list[GroupResult] = []
     reached = bounds[0]
-    for g, group in enumerate(groups):
+    for number, members in enumerate(shared):
         if progressive:
-            group = replace(group, start=reached)
-        before = g * options.iterations
-        results += train(network, [group], noise, options, lambda done, n=before: tell(n + done, total))  # type: ignore[misc]
+            members = [replace(members[0], start=reached)]
+        before = number * options.iterations
+        kept = pieces.load(number) if pieces is not None else None
+        if kept is not None:
+            found = _restore(network, *kept)
+        else:
+            found = train(network, members, noise, options, lambda done, n=before: tell(n + done, total))  # type: ignore[misc]
+            if pieces is not None:
+                pieces.save(number, _tables(network), found)
+        results += found
+        tell(before + len(members) * options.iterations, total)
         if progressive:
-            reached = _arrive(network, group, noise, options.batch)
+            reached = _arrive(network, members[0], noise, options.batch)
     return results
+
+
+def _tables(network: StepNetwork) -> dict[str, Tensor]:
+    return {name: q.log_scale.detach().clone() for name, q in _learned(network).items()}
+
+
+def _restore(
+    network: StepNetwork, tables: dict[str, Tensor], results: list[GroupResult]
+) -> list[GroupResult]:
+    for name, quantizer in _learned(network).items():
+        quantizer.log_scale.data.copy_(tables[name])
+    return results
+
+
+def _learned(network: StepNetwork) -> dict[str, StepQuantizer]:
+    return {n: q for n, q in network.quantizers.items() if isinstance(q, StepQuantizer) and q.learned}
 
 
 def train(
@@ -167,7 +205,8 @@ def train(
     nothing of each other: trained one at a time, any order gives the same. tell: hears the iterations done.
     Raises: NonFiniteError.
     """
-    quantizers = [q for q in network.quantizers.values() if q.learned]
+    began = time.perf_counter()
+    quantizers = list(_learned(network).values())
     before = [_loss(network, group, noise, options.batch) for group in groups]
     if not all(map(math.isfinite, before)):
         raise NonFiniteError(f"steps from {groups[0].steps[0]} on: quantized latents hold NaN or infinity")
@@ -190,8 +229,10 @@ def train(
         after = before
         for quantizer, value in zip(quantizers, kept, strict=True):
             quantizer.log_scale.data.copy_(value)
+    spent = time.perf_counter() - began
     return [
-        GroupResult(g.steps[0], g.steps[-1] + 1, b, a) for g, b, a in zip(groups, before, after, strict=True)
+        GroupResult(g.steps[0], g.steps[-1] + 1, b, a, spent)
+        for g, b, a in zip(groups, before, after, strict=True)
     ]
 
 

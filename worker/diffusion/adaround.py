@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.func import functional_call
 from quantry.quantizers.affine import quantize_to_grid
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.unet import UNetLayer
-from worker.diffusion.weights import UNetWeight, fit_weight_grid, halves, set_weights
+from worker.diffusion.weights import Clip, UNetWeight, fit_weight_grid, halves, set_weights
 from worker.errors import CalibrationError
 from worker.methods.grids import Grid
 from worker.methods.rtn import on_grid
@@ -40,8 +40,17 @@ class AdaRound:
     regularizer: float = 0.01
     warmup: float = 0.2
     beta: tuple[float, float] = (20.0, 2.0)
-    clip: Literal["none", "mse"] = "mse"
+    clip: Clip = "mse"
+    symmetric: bool = False
     seed: int = 0
+
+
+class Pieces(Protocol):
+    """Blocks that are done, by number."""
+
+    def load(self, number: int) -> tuple[dict[str, UNetWeight], BlockResult] | None: ...
+
+    def save(self, number: int, weights: dict[str, UNetWeight], result: BlockResult) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ def reconstruct(
     bits: dict[str, int],
     options: AdaRound,
     tell: Callable[[int, int], None] = lambda done, total: None,
+    pieces: Pieces | None = None,
 ) -> tuple[dict[str, UNetWeight], list[BlockResult]]:
     """Round the weights of all layers, block after block, in place in `quantized`.
 
@@ -68,6 +78,7 @@ def reconstruct(
         quantized: a copy of `full`, without activation quantizers.
         latents: (step index, latents (batch, C, H, W)), spread over the trajectory.
         bits: by layer name. tell: hears (done, total) blocks.
+        pieces: where finished blocks are kept; those that are there already are not learned again.
     Returns: the weights by layer name, and the errors of each block. Where learning does not pay on the latents,
         weights stay rounded to nearest.
     """
@@ -78,11 +89,14 @@ def reconstruct(
     weights: dict[str, UNetWeight] = {}
     results = []
     for done, (block, members) in enumerate(blocks):
-        task = _Block(full, quantized, block, latents)
-        roundings = {
-            m.name: _Rounding(task.weight_of(m.name), m, bits[m.name], options.clip) for m in members
-        }
-        found, result = _round_block(task, roundings, options, seed=(options.seed << 16) + done)
+        kept = pieces.load(done) if pieces is not None else None
+        if kept is None:
+            task = _Block(full, quantized, block, latents)
+            roundings = {m.name: _Rounding(task.weight_of(m.name), m, bits[m.name], options) for m in members}
+            kept = _round_block(task, roundings, options, seed=(options.seed << 16) + done)
+            if pieces is not None:
+                pieces.save(done, *kept)
+        found, result = kept
         set_weights(quantized.unet, found)
         weights |= found
         results.append(result)
@@ -124,10 +138,12 @@ def _learn(task: _Block, roundings: dict[str, _Rounding], options: AdaRound, cha
 class _Rounding:
     """w ~ scale * (clip(floor(w / scale) + h(v) + zero_point) - zero_point) for each part of one layer's weight."""
 
-    def __init__(self, weight: Tensor, layer: UNetLayer, bits: int, clip: Literal["none", "mse"]) -> None:
+    def __init__(self, weight: Tensor, layer: UNetLayer, bits: int, options: AdaRound) -> None:
         self.shape = weight.shape
         self.parts = halves(weight.detach(), layer.split)
-        self.grids = [fit_weight_grid(part, bits, clip) for part in self.parts]
+        self.grids = [
+            fit_weight_grid(part, bits, options.clip, symmetric=options.symmetric) for part in self.parts
+        ]
         steps = [part / grid.scale for part, grid in zip(self.parts, self.grids, strict=True)]
         self.floors = [step.floor() for step in steps]
         self.v = [

@@ -116,3 +116,6 @@ def absorb_noise(steps: Sequence[Step], corrections: Sequence[Correction]) -> tu
         left = step.sigma**2 - (step.b * float(correction.noise)) ** 2
         absorbed.append(replace(step, sigma=math.sqrt(max(0.0, left))))
     return tuple(absorbed)
+
+
+RULES: dict[str, Rule] = {"ptqd": ptqd, "tac": tac}

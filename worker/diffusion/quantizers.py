@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quantry.layers.operands import attach, attached
+from quantry.quantizers.steps import StepTable, channel_halves
 from worker.diffusion.steps import Step
 
 SMALLEST = 1e-8  # of a step size: what is always 0 needs none
@@ -62,13 +63,14 @@ class StepQuantizer(nn.Module):
         ]
         return moved[0] if len(moved) == 1 else torch.cat(moved, dim=1)
 
+    def frozen(self) -> StepTable:
+        """The same grids as an artifact holds them, without anything to train."""
+        rows, split = len(self.zero_point), None if self.split is None else list(self.split)
+        table = StepTable(self.bits, rows, self.steps_per_row, split).to(self.zero_point.device)
+        return table.fill(scale=self.scale.detach(), zero_point=self.zero_point)
+
     def extra_repr(self) -> str:
         return f"bits={self.bits}, rows={len(self.zero_point)}, split={self.split}"
-
-
-def channel_halves(x: Tensor, split: tuple[int, int] | None) -> tuple[Tensor, ...]:
-    """The deep and the skip half of x (batch, channels, ...); all of it where nothing was concatenated."""
-    return (x,) if split is None else torch.split(x, list(split), dim=1)
 
 
 def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> Tensor:
@@ -110,10 +112,10 @@ class StepNetwork:
     def __init__(self, unet: Any, steps: tuple[Step, ...]) -> None:
         self.unet = unet
         self.steps = steps
-        self.quantizers = {
+        self.quantizers: dict[str, StepQuantizer | StepTable] = {
             name.removesuffix(".input"): quantizer
             for name, quantizer in attached(unet)
-            if isinstance(quantizer, StepQuantizer)
+            if isinstance(quantizer, StepQuantizer | StepTable)
         }
 
     def __call__(self, x: Tensor, index: int) -> Tensor:

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from quantry.quantizers.activation import UniformQuantizer
-from worker.diffusion.quantizers import StepNetwork, StepQuantizer, channel_halves
+from quantry.quantizers.steps import channel_halves
+from worker.diffusion.quantizers import StepNetwork, StepQuantizer
 from worker.diffusion.unet import UNetLayer
 from worker.errors import NonFiniteError
 from worker.methods.uniform import BINS, mse_range

@@ -82,11 +82,14 @@ def boundaries(
 class Curves:
     """Squared errors of the latent after each step, mean over its elements: (steps, seeds) float32.
 
-    single: one quantized step from the full-precision latent. accumulated: every step quantized.
+    single: one quantized step from the full-precision latent. accumulated: every step quantized. final, reference: the
+    samples (seeds, C, H, W), with every step quantized and in full precision.
     """
 
     single: Tensor
     accumulated: Tensor
+    final: Tensor
+    reference: Tensor
 
 
 @torch.no_grad()
@@ -95,6 +98,7 @@ def error_curves(
 ) -> Curves:
     """Both errors along the trajectories of all seeds. Use seeds that calibration has not seen."""
     single, accumulated = [], []
+    final, reference = [], []
     for part in noise.batches(batch):
         x = drifted = part.start()
         for index, step in enumerate(steps):
@@ -104,7 +108,14 @@ def error_curves(
             x = step.advance(x, full(x, index), z)
             single.append(_squared(once - x))
             accumulated.append(_squared(drifted - x))
-    return Curves(_by_step(single, len(steps)), _by_step(accumulated, len(steps)))
+        final.append(drifted)
+        reference.append(x)
+    return Curves(
+        _by_step(single, len(steps)),
+        _by_step(accumulated, len(steps)),
+        torch.cat(final),
+        torch.cat(reference),
+    )
 
 
 def _squared(error: Tensor) -> Tensor:

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
-from worker.diffusion.quantizers import channel_halves
+from quantry.quantizers.steps import channel_halves
 from worker.errors import NonFiniteError
 from worker.methods.grids import Grid, clipped_grid, minmax_grid
 from worker.methods.rtn import on_grid
 
+Clip = Literal["none", "mse"]
 SEARCH = 48  # ranges tried for each row
 
 
@@ -45,15 +46,20 @@ def halves(weight: Tensor, split: tuple[int, int] | None) -> tuple[Tensor, ...]:
     return tuple(part.flatten(1).float() for part in channel_halves(weight, split))
 
 
-def fit_weight_grid(part: Tensor, bits: int, clip: Literal["none", "mse"]) -> Grid:
-    """The asymmetric grid of each row of a part (out, columns): scale and zero_point (out, 1)."""
+def fit_weight_grid(part: Tensor, bits: int, clip: Clip, *, symmetric: bool = False) -> Grid:
+    """The grid of each row of a part (out, columns): scale and zero_point (out, 1)."""
     if clip == "mse":
-        return clipped_grid(part.unsqueeze(1), bits, symmetric=False, steps=SEARCH)
-    return minmax_grid(part.unsqueeze(1), bits, symmetric=False)
+        return clipped_grid(part.unsqueeze(1), bits, symmetric=symmetric, steps=SEARCH)
+    return minmax_grid(part.unsqueeze(1), bits, symmetric=symmetric)
 
 
 def quantize_weight(
-    weight: Tensor, bits: int, *, split: tuple[int, int] | None = None, clip: Literal["none", "mse"] = "mse"
+    weight: Tensor,
+    bits: int,
+    *,
+    split: tuple[int, int] | None = None,
+    clip: Clip = "mse",
+    symmetric: bool = False,
 ) -> UNetWeight:
     """Round `weight` (out, in, ...) to the nearest points.
 
@@ -64,7 +70,7 @@ def quantize_weight(
         raise NonFiniteError("a weight holds NaN or infinity")
     parts = []
     for part in halves(weight.detach(), split):
-        grid = fit_weight_grid(part, bits, clip)
+        grid = fit_weight_grid(part, bits, clip, symmetric=symmetric)
         parts.append(on_grid(quantize_to_grid(part, grid.scale, grid.zero_point, bits), grid, None))
     return UNetWeight(tuple(parts), weight.shape)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import quantry
+from quantry.diffusion import SIDECAR
 from quantry.reports import FileEntry, Loader, Manifest
 from worker.export.files import file_entry, sync_folder, whole_or_nothing, write_bytes
 
@@ -44,6 +46,14 @@ def write_manifest(
 def loader_of(folder: Path, format: str) -> Loader:
     """The package and the lines that load this artifact."""
     name = "path/to/this/folder"  # the user chooses where it lies
+    sidecar = folder / SIDECAR
+    if sidecar.is_file():
+        sampling = json.loads(sidecar.read_text())["sampling"]
+        snippet = (
+            f'import quantry\npipeline = quantry.load("{name}")\n'
+            f"images = pipeline(num_inference_steps={sampling['steps']}{_eta(sampling)}).images"
+        )
+        return Loader(package="quantry[torch,diffusion]", version=f">={quantry.__version__}", snippet=snippet)
     auto = "AutoModelForImageClassification" if is_classifier(folder) else "AutoModelForCausalLM"
     stock = f'{auto}.from_pretrained("{name}")'
     imported = f"from transformers import {auto}\n"
@@ -60,8 +70,15 @@ def loader_of(folder: Path, format: str) -> Loader:
     return Loader(package="quantry[torch]", version=f">={quantry.__version__}", snippet=snippet)
 
 
+def _eta(sampling: dict[str, Any]) -> str:
+    """The argument that DDIM's noise needs: its pipelines add none unless they are told to."""
+    return f", eta={sampling['eta']:g}" if sampling["eta"] else ""
+
+
 def is_classifier(folder: Path) -> bool:
     """Whether the config of a checkpoint is of an image classifier."""
+    if (folder / SIDECAR).is_file():
+        return False
     architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
     return any(name.endswith("ForImageClassification") for name in architectures)
 

@@ -7,12 +7,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import quantry
-from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep, Step
+from quantry.diffusion import SIDECAR
+from quantry.recipe import BiasCompensationStep, Step, WeightStep
 from quantry.reports import QualityRow, SizeReport
 from quantry.wording import METHODS, figure_text, metric_text, recipe_text, samples_text
 from worker.export.files import whole_or_nothing, write_bytes
 from worker.export.manifest import is_classifier, loader_of
 
+_PIPELINE = (
+    "`quantry.load` puts the packed weights and the quantizers of each step into the pipeline. It refuses another "
+    "number of steps and another scheduler: what is calibrated holds for these alone."
+)
 _NOTES = {
     "compressed-tensors": "Reads with stock transformers and vLLM; nothing of Quantry is needed.",
     "gptq": (
@@ -46,8 +51,9 @@ def write_model_card(
     source: the full-precision checkpoint, whose licence is carried over. Raises DiskFull.
     """
     loader = loader_of(folder, format)
+    is_pipeline = (folder / SIDECAR).is_file()
     parts = [
-        _front_matter(base_model, format, source, is_classifier(folder)),
+        _front_matter(base_model, format, source, _task(folder)),
         f"# {base_model}, quantized\n",
         f"Made by Quantry {quantry.__version__} from `{base_model}`.\n",
         "## How it was made\n",
@@ -55,9 +61,9 @@ def write_model_card(
         or "See `config.json`.\n",
         _figures(quality, size),
         "## Load it\n",
-        f'```sh\npip install "{loader.package}{loader.version}" transformers\n```\n',
+        f'```sh\npip install "{loader.package}{loader.version}"{"" if is_pipeline else " transformers"}\n```\n',
         f"```python\n{loader.snippet}\n```\n",
-        f"{_NOTES[format]}\n",
+        f"{_PIPELINE if is_pipeline else _NOTES[format]}\n",
         "".join(f"- {warning}\n" for warning in warnings),
         "`manifest.json` has the sha256 of every file, `report.json` the measurements.\n",
     ]
@@ -65,10 +71,11 @@ def write_model_card(
         write_bytes(folder / "README.md", "\n".join(part for part in parts if part).encode())
 
 
-def _front_matter(base_model: str, format: str, source: Path | None, classifier: bool) -> str:
+def _front_matter(base_model: str, format: str, source: Path | None, task: tuple[str, str]) -> str:
+    library, tag = task
     lines = [
-        "library_name: transformers",
-        f"pipeline_tag: {'image-classification' if classifier else 'text-generation'}",
+        f"library_name: {library}",
+        f"pipeline_tag: {tag}",
         f"tags: [{', '.join(dict.fromkeys(('quantized', format, 'quantry')))}]",
     ]
     if re.fullmatch(r"[\w.-]+/[\w.-]+", base_model) and not base_model.startswith("bundled/"):
@@ -81,17 +88,25 @@ def _front_matter(base_model: str, format: str, source: Path | None, classifier:
     return "---\n" + "\n".join(lines) + "\n---\n"
 
 
+def _task(folder: Path) -> tuple[str, str]:
+    """The library that the model belongs to, and what it does, in the words of model cards."""
+    if (folder / SIDECAR).is_file():
+        return "diffusers", "unconditional-image-generation"
+    return "transformers", "image-classification" if is_classifier(folder) else "text-generation"
+
+
 def _step(step: Step) -> str:
     """One step of the recipe in words."""
     if isinstance(step, BiasCompensationStep):
         where = "channel" if step.granularity == "channel" else "position and channel"
         return f"Bias compensation per {where} ({METHODS[step.method].citation}), {step.targets} targets"
-    if not isinstance(step, RtnStep | GptqStep):
+    if not isinstance(step, WeightStep):
         words, cited = recipe_text([step]), METHODS[step.method].citation
         return words[:1].upper() + words[1:] + (f" ({cited})" if cited else "")
     grid = f"{step.bits} bits, {'symmetric' if step.symmetric else 'asymmetric'}, "
     grid += f"groups of {step.group_size}" if step.group_size else "per channel"
-    title = "Round to nearest" if step.method == "rtn" else f"GPTQ ({METHODS['gptq'].citation})"
+    known = METHODS[step.method]
+    title = "Round to nearest" if step.method == "rtn" else f"{known.name} ({known.citation})"
     return f"{title}: {grid}, clipping {step.clip}"
 
 

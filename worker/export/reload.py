@@ -19,6 +19,8 @@ def compare(folder: Path, format: str, reference: Path) -> dict[str, Any]:
     """Load, run and measure; in the clean process. Raises whatever the loader raises."""
     torch = importlib.import_module("torch")
     tensors = importlib.import_module("safetensors.torch").load_file(reference)
+    if "latents" in tensors:
+        return _compare_pipeline(folder, tensors)
     images = "pixel_values" in tensors
     model = _load(folder, format, images)
     wanted = tensors["logits"].float()
@@ -49,6 +51,36 @@ def _forwards(model: Any, tensors: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         return
     for ids, logits in zip(tensors["input_ids"], wanted, strict=True):
         yield model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0], logits
+
+
+def _compare_pipeline(folder: Path, tensors: dict[str, Any]) -> dict[str, Any]:
+    """Predictions of a diffusion pipeline at every step (steps, samples, C, H, W), and a whole run of it."""
+    torch = importlib.import_module("torch")
+    pipeline = importlib.import_module("quantry").load(folder)
+    denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
+    wanted = tensors["logits"].double()
+    steps = len(wanted)
+    pipeline.scheduler.set_timesteps(steps)
+    with torch.no_grad():
+        found = [
+            denoiser(latents, time, return_dict=False)[0].double()
+            for latents, time in zip(tensors["latents"], pipeline.scheduler.timesteps, strict=True)
+        ]
+    difference = (torch.stack(found) - wanted).abs().max()
+    if not torch.isfinite(difference):
+        raise ValueError("the reloaded pipeline predicts NaN or infinity")
+    rms = wanted.square().mean().sqrt()
+    pipeline.set_progress_bar_config(disable=True)
+    pictures = pipeline(
+        batch_size=1, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
+    ).images
+    return {
+        "max_abs_difference": float(difference),
+        "relative_difference": float(difference / rms),
+        "steps": steps,
+        "samples": wanted.shape[1],
+        "pictures": len(pictures),
+    }
 
 
 def _load(folder: Path, format: str, images: bool) -> Any:

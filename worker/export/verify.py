@@ -3,8 +3,9 @@
     python -m worker.export.verify FOLDER REFERENCE.safetensors --json
 
 REFERENCE holds `input_ids` int64 (n, L) and `logits` float32 (n, L, vocab), or `pixel_values` float32 (n, C, H,
-W) and `logits` float32 (n, classes) as one batch of them gives. Exit status 0: they agree; 1: they do not, or
-the checkpoint does not load with every tensor in its place.
+W) and `logits` float32 (n, classes) as one batch of them gives; of a diffusion pipeline `latents` and predictions
+`logits`, float32 (steps, n, C, H, W). Exit status 0: they agree; 1: they do not, or the checkpoint does not load
+with every tensor in its place.
 
 Loaders: compressed-tensors: stock transformers, nothing of ours is imported; quantry: the same after
 `import quantry`; gptq and gguf: their stock loaders are not part of a worker (and transformers drops biases
@@ -53,7 +54,8 @@ def verify(
             f"{result['max_abs_difference']:.3g} ({result['relative_difference']:.3g} of their rms, "
             f"allowed {tolerance:g})"
         )
-    return {"loader": LOADERS[format], **result}
+    loader = "diffusers, quantry.load" if "steps" in result else LOADERS[format]
+    return {"loader": loader, **result}
 
 
 def _reload(folder: Path, format: str, reference: Path, threads: int | None) -> dict[str, Any]:

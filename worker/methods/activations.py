@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from quantry.layers.operands import attach, detach_all
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
-from quantry.recipe import GptqStep, RtnStep
+from quantry.recipe import WeightStep
 from worker.models.vision import Operand, VisionModel
 
 
@@ -46,7 +46,7 @@ class Images:
 
     pixels: Tensor
     seed: int
-    weights: RtnStep | GptqStep
+    weights: WeightStep
     tell: Tell = silent
     begin: Callable[[str], None] = lambda what: None
 

@@ -21,7 +21,9 @@ from quantry.base import SpecError
 from quantry.bundled import bundled_model
 from quantry.checkpoint_checks import leaving_link
 from quantry.contract import DatasetRef, ModelRef
+from quantry.diffusion import INDEX, Component, pipeline_family_of, read_components
 from quantry.families import family_of
+from quantry.headers import HeaderError, read_header
 from quantry.vision import is_vision, vision_family_of
 from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound
 from worker.models.tensors import shard_files
@@ -64,6 +66,8 @@ def local_path(name: str, roots: tuple[Path, ...], *, field: str) -> Path:
 
 def check_folder(folder: Path) -> dict[str, Any]:
     """The checkpoint's config, after the cheap refusals: pickles, remote code, unknown kinds, no tokenizer."""
+    if (folder / INDEX).exists():
+        return read_pipeline(folder)[0]
     path = folder / "config.json"
     if not path.exists():
         raise ModelError(f"{folder.name} has no config.json: it is not a transformers checkpoint")
@@ -89,6 +93,27 @@ def check_folder(folder: Path) -> dict[str, Any]:
         )
     shard_files(folder)
     return config
+
+
+def read_pipeline(folder: Path) -> tuple[dict[str, Any], dict[str, Component]]:
+    """model_index.json and the components of a diffusion pipeline. Raises ModelError."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    code = next((name for name in sorted(names) if name.endswith(".py")), None)
+    if code is not None:
+        raise ModelError(f"{folder.name} holds {code}: pipelines with code of their own are refused")
+    try:
+        index: dict[str, Any] = json.loads((folder / INDEX).read_bytes())
+        pipeline_family_of(index)
+        components = read_components(
+            index, names, lambda name: (folder / name).read_bytes(), lambda name: read_header(folder / name)
+        )
+    except SpecError as error:
+        raise ModelError(f"{error.path}: {error.detail}") from error
+    except (HeaderError, OSError) as error:
+        raise ModelError(f"{folder.name}: {error}") from error
+    except ValueError as error:
+        raise ModelError(f"{folder.name}/{INDEX} is not valid JSON: {error}") from error
+    return index, components
 
 
 def _download(ref: ModelRef, workspace: Workspace) -> Path:

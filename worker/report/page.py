@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -54,6 +54,14 @@ class Tile:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """Samples of one network: its name, and a PNG in base64."""
+
+    name: str
+    content: str
+
+
+@dataclass(frozen=True)
 class QualityLine:
     """One of the three networks: its figure, the change against full precision, the loss as a bar."""
 
@@ -64,8 +72,8 @@ class QualityLine:
     result: bool
 
 
-def render(report: Report) -> str:
-    """The page. Raises jinja2.TemplateError only for a fault of ours."""
+def render(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
+    """The page. pictures: PNG files of samples by network. Raises jinja2.TemplateError only for a fault of ours."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -100,6 +108,10 @@ def render(report: Report) -> str:
         tiles=tiles(report),
         warnings=warnings_of(report),
         charts=block_charts(report),
+        trajectory=trajectory_charts(report),
+        pictures=[
+            Picture(name, base64.b64encode(content).decode()) for name, content in (pictures or {}).items()
+        ],
         layers=layers,
         groups=[(block, list(rows)) for block, rows in groupby(layers, lambda row: row.block)],
         worst=worst_layers(layers),
@@ -220,8 +232,43 @@ def block_charts(report: Report) -> list[tuple[str, Markup]]:
     return made
 
 
+def trajectory_charts(report: Report) -> list[tuple[str, Markup]]:
+    """The errors along the sampling trajectory, for wide and for narrow screens: (class, drawing)."""
+    found = report.trajectory
+    if found is None:
+        return []
+    series = [
+        Series("round to nearest", "rtn", found.accumulated_rtn or ()),
+        Series("quantized", "ours", found.accumulated),
+        Series("quantized, one step alone", "seen", found.single),
+    ]
+    about = "; ".join(
+        f"{line.name}: {small_text(positive(line.values)[0])} after the first step, {small_text(line.values[-1])} "
+        "after the last"
+        for line in series
+        if positive(line.values)
+    )
+    made = []
+    for kind, frame in (("wide", Frame(960, 340)), ("narrow", Frame(360, 300, left=52, right=6))):
+        names = series if kind == "wide" else [Series(_short(s.name), s.kind, s.values) for s in series]
+        chart = line_chart(
+            names,
+            frame=frame,
+            name=f"trajectory-{kind}",
+            title="Squared error of the latent after each step, logarithmic",
+            about=f"{about}.",
+            x_label="step",
+        )
+        made.append((kind, chart))
+    return made
+
+
 def _short(name: str) -> str:
-    return {"round to nearest": "RTN", "on calibration data": "calibration"}.get(name, name)
+    return {
+        "round to nearest": "RTN",
+        "on calibration data": "calibration",
+        "quantized, one step alone": "one step",
+    }.get(name, name)
 
 
 def _curve_words(series: Sequence[Series]) -> str:

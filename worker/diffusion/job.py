@@ -1,0 +1,215 @@
+"""run(): a job on a diffusion pipeline, from its spec to a folder that samples."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from safetensors.torch import save_file
+from torch import Tensor
+
+import quantry
+from quantry.contract import JobSpec
+from quantry.diffusion_planning import estimate_diffusion
+from quantry.jobs import State, Succeeded
+from quantry.pipelines import TENSORS
+from quantry.reports import CostReport, Manifest, Report, SizeReport
+from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
+from worker.diffusion.prepare import DiffusionJob, prepare
+from worker.diffusion.quantize import QuantizedDenoiser, calibration_latents, quantize, round_to_nearest
+from worker.diffusion.trajectory import trajectory
+from worker.export.files import whole_or_nothing
+from worker.export.manifest import write_manifest
+from worker.export.model_card import write_model_card
+from worker.export.pipeline import Artifact, write_pipeline
+from worker.export.verify import verify
+from worker.metrics.images import to_bytes
+from worker.progress import Progress
+from worker.report import write_report
+from worker.report.grids import write_grid
+from worker.workspace import Workspace
+
+REFERENCE = 2  # samples on which the written pipeline must agree
+COLUMNS = 4  # of a picture of samples
+TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}
+
+
+def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded:
+    """Run one job. Raises QuantizationError and its kinds; nothing is left in the artifact then."""
+    began = time.perf_counter(), time.process_time()
+    job = prepare(spec, workspace, progress)
+    latents = calibration_latents(job)
+    began_quantizing = time.perf_counter(), time.process_time()
+    made = quantize(job, latents)
+    spent = time.perf_counter() - began_quantizing[0], time.process_time() - began_quantizing[1]
+    found = None
+    if job.spec.evaluation is not None:
+        baseline = "rtn" in job.spec.evaluation.baselines
+        found = evaluate(job, made, round_to_nearest(job, latents) if baseline else None)
+    shutil.rmtree(workspace.artifact, ignore_errors=True)
+    workspace.artifact.mkdir(parents=True)
+    try:
+        with whole_or_nothing(workspace.artifact):
+            report, manifest = _package(job, made, found, workspace, began, spent)
+    except BaseException:
+        shutil.rmtree(workspace.artifact, ignore_errors=True)
+        raise
+    return Succeeded(report=report, manifest=manifest)
+
+
+def _package(
+    job: DiffusionJob,
+    made: QuantizedDenoiser,
+    found: Evaluated | None,
+    workspace: Workspace,
+    began: tuple[float, float],
+    spent: tuple[float, float],
+) -> tuple[Report, Manifest]:
+    """Write the pipeline, prove that it loads and samples, and put the report beside it."""
+    target = workspace.artifact
+    job.progress.stage(State.PACKAGING, "writing the pipeline", 0, 3)
+    write_pipeline(job.folder, target, _artifact(job, made))
+    job.progress.advance(1, 3, "sampling from the written pipeline in a clean process")
+    verification = _verify(job, made, workspace)
+    job.progress.advance(2, 3, "writing the report")
+    report = _report(job, made, found, workspace, verification, began, spent)
+    write_report(target, report)
+    write_model_card(
+        target,
+        format=job.plan.format,
+        base_model=job.spec.model.id,
+        recipe=job.spec.recipe,
+        source=job.folder,
+        quality=report.quality,
+        size=report.size,
+        warnings=report.warnings,
+    )
+    manifest = write_manifest(target, format=job.plan.format, job=workspace.job)
+    job.progress.advance(3, 3, "done")
+    return report, manifest
+
+
+def _artifact(job: DiffusionJob, made: QuantizedDenoiser) -> Artifact:
+    return Artifact(
+        component=job.plan.family.denoiser,
+        network=made.network.unet,
+        weights=made.weights,
+        splits={layer.name: layer.split for layer in job.layers},
+        scheduler=job.loaded.scheduler,
+        steps=job.loaded.steps,
+        eta=job.plan.sampling.eta,
+        corrections=made.corrections,
+        recipe=job.spec.recipe,
+        base_model=job.spec.model.id,
+    )
+
+
+def _verify(job: DiffusionJob, made: QuantizedDenoiser, workspace: Workspace) -> dict[str, float | str]:
+    """Reload the artifact as a user would, in a clean process, and compare every step's prediction, and samples."""
+    with tempfile.TemporaryDirectory(dir=workspace.artifact) as folder:
+        path = Path(folder) / "reference.safetensors"
+        save_file(_reference(job, made), path)
+        return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
+
+
+@torch.no_grad()
+def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
+    """Latents and predictions along the quantized trajectory, computed on the CPU where they are reloaded.
+
+    latents, logits: (steps, samples, C, H, W). eta: ().
+    """
+    torch.nn.Module.to(made.network.unet, torch.device("cpu"))
+    noise = job.reference(REFERENCE)
+    run = trajectory(made.denoiser, job.loaded.steps, noise)
+    latents = [x for index, x in run if index < len(job.loaded.steps)]
+    outputs = [made.denoiser(x, index) for index, x in enumerate(latents)]
+    return {
+        "latents": torch.stack(latents),
+        "logits": torch.stack(outputs),
+        "eta": torch.tensor(job.plan.sampling.eta),
+    }
+
+
+def _report(
+    job: DiffusionJob,
+    made: QuantizedDenoiser,
+    found: Evaluated | None,
+    workspace: Workspace,
+    verification: dict[str, float | str],
+    began: tuple[float, float],
+    spent: tuple[float, float],
+) -> Report:
+    pictures = _pictures(found, workspace.artifact) if found else {}
+    names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
+    guess = estimate_diffusion(job.plan, threads=torch.get_num_threads(), cuda=job.device.type == "cuda")
+    return Report(
+        job=workspace.job,
+        spec=job.spec,
+        quality=found.quality if found else (),
+        size=_size(job, made, workspace.artifact),
+        layers=found.layers if found else (),
+        blocks=(),
+        trajectory=trajectory_report(job, made, found, pictures) if found else None,
+        cost=_cost(job, began, spent),
+        estimate=guess.model_dump(mode="json", include=names),
+        environment=_environment(job),
+        fingerprint=job.fingerprint,
+        format=job.plan.format,
+        warnings=tuple(job.warnings),
+        verification=verification,
+    )
+
+
+def _pictures(found: Evaluated, target: Path) -> dict[str, str]:
+    """Write the first samples of every network as PNG; returns their paths in the artifact, by network."""
+    paths = {}
+    for name, title in TITLES.items():
+        if name in found.images:
+            paths[title] = f"samples/{name}.png"
+            write_grid(to_bytes(found.images[name][:SHOWN]), target / paths[title], columns=COLUMNS)
+    return paths
+
+
+def _size(job: DiffusionJob, made: QuantizedDenoiser, artifact: Path) -> SizeReport:
+    """Of the denoiser; what is copied is not counted."""
+    bits = sum(weight.storage_bits() for weight in made.weights.values())
+    weights = sum(part.codes.numel() for weight in made.weights.values() for part in weight.parts)
+    return SizeReport(
+        fp_bytes=job.plan.fp_bytes,
+        quantized_bytes=(artifact / TENSORS).stat().st_size,
+        effective_bits=bits / weights,
+        quantized_weights=weights,
+    )
+
+
+def _cost(job: DiffusionJob, began: tuple[float, float], spent: tuple[float, float]) -> CostReport:
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return CostReport(
+        wall_s=time.perf_counter() - began[0],
+        cpu_s=time.process_time() - began[1],
+        peak_rss_bytes=peak * (1 if sys.platform == "darwin" else 1024),
+        peak_device_bytes=torch.cuda.max_memory_allocated() if job.device.type == "cuda" else None,
+        quantize_wall_s=spent[0],
+        quantize_cpu_s=spent[1],
+    )
+
+
+def _environment(job: DiffusionJob) -> dict[str, str]:
+    return {
+        "quantry": quantry.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "transformers": transformers.__version__,
+        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else platform.machine(),
+        "threads": str(torch.get_num_threads()),
+        "compute_dtype": "float32",
+    }

@@ -1,0 +1,114 @@
+"""A diffusion job made ready: its folder planned again, the network loaded, seeds drawn, a fingerprint taken."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import diffusers
+import torch
+
+import quantry
+from quantry.base import SpecError
+from quantry.contract import JobSpec
+from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
+from quantry.jobs import State
+from worker.calibration.pieces import PieceStore
+from worker.diffusion.pipelines import Loaded, load_pipeline
+from worker.diffusion.quantizers import StepNetwork
+from worker.diffusion.trajectory import SeededNoise
+from worker.diffusion.unet import UNetLayer, layers_of
+from worker.errors import RecipeError
+from worker.models.source import read_pipeline, resolve
+from worker.prepare import device_of
+from worker.progress import Progress
+from worker.workspace import Workspace
+
+SEEDS = 1 << 13  # of calibration, for each seed of a job
+UNSEEN = 1 << 45  # seeds from here on are for evaluation
+
+
+@dataclass
+class DiffusionJob:
+    """What every stage of a diffusion job looks at. warnings: grows while the job runs."""
+
+    spec: JobSpec
+    plan: DiffusionPlan
+    folder: Path
+    loaded: Loaded
+    layers: tuple[UNetLayer, ...]
+    device: torch.device
+    store: PieceStore
+    fingerprint: str
+    progress: Progress
+    features: Path | None
+    warnings: list[str] = field(default_factory=list)
+
+    @cached_property
+    def full(self) -> StepNetwork:
+        return StepNetwork(self.loaded.network, self.loaded.steps)
+
+    def calibration(self) -> SeededNoise:
+        first = self.spec.calibration.seed * SEEDS
+        return self._noise(first, self.spec.calibration.samples)
+
+    def evaluation(self) -> SeededNoise:
+        """Seeds that calibration has not seen."""
+        samples = self.spec.evaluation.samples if self.spec.evaluation else 0
+        return self._noise(UNSEEN, samples or 0)
+
+    def reference(self, count: int) -> SeededNoise:
+        """A few samples that a written pipeline is checked with, on the CPU."""
+        return SeededNoise(tuple(range(UNSEEN, UNSEEN + count)), self.plan.latent, torch.device("cpu"))
+
+    def _noise(self, first: int, count: int) -> SeededNoise:
+        return SeededNoise(tuple(range(first, first + count)), self.plan.latent, self.device)
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+        self.progress.event("warning", {"message": text})
+
+    @property
+    def tell(self) -> Callable[[int, int], None]:
+        return lambda done, total: self.progress.advance(done, total)
+
+
+def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> DiffusionJob:
+    """Raises ModelError and its kinds, RecipeError, DeviceError."""
+    progress.stage(State.PREPARING, "resolving the model")
+    folder = resolve(spec.model, workspace)
+    index, components = read_pipeline(folder)
+    try:
+        plan = plan_diffusion(spec, index, components)
+    except SpecError as error:
+        raise RecipeError(f"{error.path}: {error.detail}") from error
+    evaluation = plan.spec.evaluation
+    features = resolve(evaluation.features, workspace) if evaluation and evaluation.features else None
+    device = device_of(plan.spec, workspace)
+    progress.stage(State.PREPARING, "loading the denoiser")
+    loaded = load_pipeline(folder, plan, device)
+    fingerprint = _fingerprint(plan.spec, folder, device)
+    store = PieceStore(workspace.checkpoints, fingerprint)
+    layers = layers_of(loaded.network)
+    job = DiffusionJob(
+        plan.spec, plan, folder, loaded, layers, device, store, fingerprint, progress, features
+    )
+    for text in plan.warnings:
+        job.warn(text)
+    return job
+
+
+def _fingerprint(spec: JobSpec, folder: Path, device: torch.device) -> str:
+    """A digest of everything that the quantized bytes depend on."""
+    digest = hashlib.sha256()
+    recipe = spec.model_dump_json(include={"recipe", "calibration", "sampling"})
+    for part in (quantry.__version__, torch.__version__, diffusers.__version__, str(device), recipe):
+        digest.update(f"{part}\n".encode())
+    for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
+        digest.update(file.relative_to(folder).as_posix().encode())
+        with file.open("rb") as content:
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    return digest.hexdigest()

@@ -1,0 +1,258 @@
+"""The steps of a recipe, one after the other, on a copy of the denoiser."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quantry.diffusion_planning import edge_bits
+from quantry.jobs import State
+from quantry.layers.operands import attach
+from quantry.recipe import (
+    AccuquantStep,
+    AdaroundStep,
+    NoiseCorrectionStep,
+    RtnStep,
+    Step,
+    UniformStep,
+    WeightStep,
+)
+from worker.diffusion.accuquant import AccuQuant, GroupResult, calibrate
+from worker.diffusion.adaround import AdaRound, BlockResult, reconstruct
+from worker.diffusion.correctors import RULES, Correction, corrected, fit_corrections
+from worker.diffusion.memory import halving
+from worker.diffusion.pieces import BlockPieces, GroupPieces
+from worker.diffusion.prepare import DiffusionJob
+from worker.diffusion.quantizers import StepNetwork, StepQuantizer, attach_quantizers
+from worker.diffusion.ranges import fit_quantizers
+from worker.diffusion.steps import Denoiser
+from worker.diffusion.timesteps import allocate, choose, middle_features
+from worker.diffusion.trajectory import boundaries, trajectory
+from worker.diffusion.unet import layer_bits
+from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
+
+LATENTS = 128  # that ranges are fitted to, where no weight step asks for another number
+FEATURE_SAMPLES = 8  # that the density of timesteps is seen on
+BATCH = 64  # samples that are sampled at once
+
+Latents = Sequence[tuple[int, Tensor]]
+
+
+@dataclass
+class QuantizedDenoiser:
+    """What a recipe makes of the denoiser.
+
+    network: weights and activations on their grids. weights: by layer. groups: of AccuQuant. corrections: of each step,
+    or none.
+    """
+
+    network: StepNetwork
+    weights: dict[str, UNetWeight]
+    groups: list[GroupResult] = field(default_factory=list)
+    corrections: list[Correction] = field(default_factory=list)
+
+    @property
+    def denoiser(self) -> Denoiser:
+        return corrected(self.network, self.corrections) if self.corrections else self.network
+
+    def freeze(self) -> None:
+        """Give the network the quantizers that an artifact holds, so that what is measured is what is written."""
+        for name, quantizer in self.network.quantizers.items():
+            if isinstance(quantizer, StepQuantizer):
+                attach(self.network.unet, f"{name}.input", quantizer.frozen())
+        self.network = StepNetwork(self.network.unet, self.network.steps)
+
+
+def quantize(job: DiffusionJob, latents: Latents) -> QuantizedDenoiser:
+    """Run the recipe. Raises CalibrationError and its kinds, OutOfMemory."""
+    weights = _weights(job, latents)
+    made = QuantizedDenoiser(_with_weights(job, weights), weights)
+    for step in job.spec.recipe:
+        if type(step) in _STEPS:
+            _STEPS[type(step)](job, made, step, latents)
+    made.freeze()
+    return made
+
+
+def round_to_nearest(job: DiffusionJob, latents: Latents) -> StepNetwork:
+    """The baseline: the same bits without any method, whole ranges, one grid for all steps."""
+    step = job.spec.weight_step
+    weights = _rounded(job, "none", symmetric=step.symmetric)
+    network = _with_weights(job, weights)
+    activation = job.spec.activation_step
+    if isinstance(activation, UniformStep):
+        _attach_ranges(job, network, activation, latents, "none", len(network.steps))
+    return StepNetwork(network.unet, network.steps)
+
+
+def calibration_latents(job: DiffusionJob) -> Latents:
+    """Full-precision latents of every step, as many of each as the timestep sampler says."""
+    job.progress.stage(State.CALIBRATING, "sampling in full precision")
+    steps, noise = job.loaded.steps, job.calibration()
+    total = getattr(job.spec.weight_step, "latents", LATENTS)
+    few = noise.of(range(min(FEATURE_SAMPLES, len(noise.seeds))))
+
+    def features() -> Tensor:
+        return middle_features(job.full, "mid_block", trajectory(job.full, steps, few))
+
+    counts = allocate(job.plan.sampling.timestep_sampler, len(steps), total, features)
+    wanted = noise.of(range(min(max(counts), len(noise.seeds))))
+
+    def run(batch: int) -> Latents:
+        parts: list[list[tuple[int, Tensor]]] = []
+        for number, part in enumerate(wanted.batches(batch)):
+            parts.append([(i, x) for i, x in trajectory(job.full, steps, part) if i < len(steps)])
+            job.tell(min((number + 1) * batch, len(wanted.seeds)), len(wanted.seeds))
+        whole = [(same[0][0], torch.cat([x for _, x in same])) for same in zip(*parts, strict=True)]
+        return choose(whole, counts)
+
+    return halving(run, BATCH, "sampling", job.warn)
+
+
+def _weights(job: DiffusionJob, latents: Latents) -> dict[str, UNetWeight]:
+    step = job.spec.weight_step
+    job.progress.stage(State.QUANTIZING, "rounding weights")
+    if not isinstance(step, AdaroundStep):
+        assert isinstance(step, RtnStep)
+        return _rounded(job, _clip(step), symmetric=step.symmetric)
+
+    def done(result: BlockResult) -> None:
+        job.progress.event(
+            "block", {"block": result.block, "mse_nearest": result.nearest, "mse_learned": result.learned}
+        )
+
+    def run(batch: int) -> dict[str, UNetWeight]:
+        options = AdaRound(
+            iterations=step.iterations,
+            batch=batch,
+            learning_rate=step.learning_rate,
+            clip=_clip(step),
+            symmetric=step.symmetric,
+            seed=job.spec.calibration.seed,
+        )
+        copied = StepNetwork(copy.deepcopy(job.loaded.network), job.loaded.steps)
+        pieces = BlockPieces(job.store, job.device, done)
+        found, _ = reconstruct(
+            job.full, copied, job.layers, latents, _weight_bits(job, step), options, job.tell, pieces
+        )
+        return found
+
+    return halving(run, step.batch, "recipe.0.batch (adaround)", job.warn)
+
+
+def _rounded(job: DiffusionJob, clip: Clip, *, symmetric: bool) -> dict[str, UNetWeight]:
+    bits = _weight_bits(job, job.spec.weight_step)
+    return {
+        layer.name: quantize_weight(
+            job.loaded.network.get_submodule(layer.name).weight,
+            bits[layer.name],
+            split=layer.split,
+            clip=clip,
+            symmetric=symmetric,
+        )
+        for layer in job.layers
+    }
+
+
+def _weight_bits(job: DiffusionJob, step: WeightStep) -> dict[str, int]:
+    assert isinstance(step, RtnStep | AdaroundStep)
+    return layer_bits(job.layers, step.bits, edge_bits(step))
+
+
+def _clip(step: WeightStep) -> Clip:
+    return "mse" if step.clip == "mse" else "none"
+
+
+def _with_weights(job: DiffusionJob, weights: Mapping[str, UNetWeight]) -> StepNetwork:
+    network = copy.deepcopy(job.loaded.network)
+    set_weights(network, weights)
+    return StepNetwork(network, job.loaded.steps)
+
+
+def _attach_ranges(
+    job: DiffusionJob, network: StepNetwork, step: UniformStep, latents: Latents, clip: Clip, group: int
+) -> None:
+    quantizers = fit_quantizers(
+        network,
+        job.layers,
+        lambda: latents,
+        bits=layer_bits(job.layers, step.bits, edge_bits(step)),
+        steps_per_row=group,
+        clip=clip,
+    )
+    attach_quantizers(network.unet, quantizers)
+
+
+def _uniform(job: DiffusionJob, made: QuantizedDenoiser, step: UniformStep, latents: Latents) -> None:
+    job.progress.stage(State.QUANTIZING, "fitting grids to activations")
+    _attach_ranges(job, made.network, step, latents, "mse" if step.range == "mse" else "none", job.plan.group)
+    made.network = StepNetwork(made.network.unet, made.network.steps)
+
+
+def _accuquant(job: DiffusionJob, made: QuantizedDenoiser, step: AccuquantStep, latents: Latents) -> None:
+    job.progress.stage(State.CORRECTING, "calibrating over groups of steps")
+    noise = job.calibration()
+    bounds = halving(
+        lambda batch: boundaries(job.full, job.loaded.steps, noise, group=step.group, batch=batch),
+        BATCH,
+        "sampling",
+        job.warn,
+    )
+    start = {name: q.scale.clone() for name, q in made.network.quantizers.items()}
+
+    def done(result: GroupResult) -> None:
+        facts = asdict(result)
+        job.progress.event("block", facts)
+
+    def run(batch: int) -> list[GroupResult]:
+        for name, quantizer in made.network.quantizers.items():
+            assert isinstance(quantizer, StepQuantizer)
+            quantizer.log_scale.data.copy_(start[name].log())
+        options = AccuQuant(
+            group=step.group,
+            gradient=step.gradient,
+            per_group=step.per_group,
+            start=step.start,
+            iterations=step.iterations,
+            batch=batch,
+            learning_rate=step.learning_rate,
+            seed=job.spec.calibration.seed,
+        )
+        return calibrate(
+            made.network, bounds, noise, options, job.tell, GroupPieces(job.store, job.device, done)
+        )
+
+    at = job.spec.recipe.index(step)
+    made.groups = halving(run, step.batch, f"recipe.{at}.batch (accuquant)", job.warn)
+
+
+def _noise_correction(
+    job: DiffusionJob, made: QuantizedDenoiser, step: NoiseCorrectionStep, latents: Latents
+) -> None:
+    job.progress.stage(State.CORRECTING, "fitting corrections of the prediction")
+    made.corrections = halving(
+        lambda batch: fit_corrections(
+            job.full,
+            made.network,
+            job.loaded.steps,
+            job.calibration(),
+            RULES[step.rule],
+            batch=batch,
+            tell=job.tell,
+        ),
+        BATCH,
+        "fitting corrections",
+        job.warn,
+    )
+
+
+_STEPS: dict[type[Step], Callable[[DiffusionJob, QuantizedDenoiser, Any, Latents], None]] = {
+    UniformStep: _uniform,
+    AccuquantStep: _accuquant,
+    NoiseCorrectionStep: _noise_correction,
+}

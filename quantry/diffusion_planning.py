@@ -15,7 +15,15 @@ from quantry.recipe import AccuquantStep, AdaroundStep, BiasCompensationStep, Rt
 from quantry.reports import Estimate, LayerPlan
 from quantry.sampling import Sampling
 
-DIFFUSION_METHODS = ("rtn", "adaround", "uniform", "accuquant", "noise_correction")
+DIFFUSION_METHODS = (
+    "rtn",
+    "adaround",
+    "uniform",
+    "accuquant",
+    "softmax_bias",
+    "bias_compensation",
+    "noise_correction",
+)
 STEPS = 20  # of a trajectory, where the request says nothing
 EVALUATED = 64  # samples, where the request says nothing
 EDGE_BITS = 8

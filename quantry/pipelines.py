@@ -26,7 +26,7 @@ from quantry.layers.conv import QuantizedConv2d, SplitConv2d
 from quantry.layers.linear import LinearFormat, QuantizedLinear
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import from_description
-from quantry.quantizers.steps import StepTable
+from quantry.quantizers.steps import StepDependent
 
 TENSORS = "quantization.safetensors"
 FORMAT_VERSION = 1
@@ -64,7 +64,7 @@ class StepSelector:
     ) -> None:
         self._pipeline, self._denoiser, self._sampling = pipeline, denoiser, sampling
         self._index = {time: index for index, time in enumerate(sampling["timesteps"])}
-        self._tables = [module for module in denoiser.modules() if isinstance(module, StepTable)]
+        self._tables = [module for module in denoiser.modules() if isinstance(module, StepDependent)]
         self._correction = correction
         self._checked: tuple[Any, Any] | None = None
         self._step = 0
@@ -127,6 +127,8 @@ def _denoiser(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor],
     try:
         for name, entry in content["layers"].items():
             network.set_submodule(name, _packed(network.get_submodule(name), entry))
+        if any(operand.endswith(".probabilities") for operand in content["activations"]):
+            importlib.import_module("quantry.layers.denoiser_attention").use_operand_attention(network)
         for operand, description in content["activations"].items():
             attach(network, operand, from_description(description))
     except (AttributeError, KeyError, TypeError, ValueError) as error:

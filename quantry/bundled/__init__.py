@@ -1,4 +1,4 @@
-"""What Quantry ships so that it works offline: two small models, a text and a set of images. No torch needed.
+"""What Quantry ships so that it works offline: three small models, a text and a set of images. No torch needed.
 
 docs/bundled.md says where they come from, under which licence, and how they are made again.
 """
@@ -14,8 +14,9 @@ FOLDER = Path(__file__).parent
 BUNDLED_MODELS: dict[str, Path] = {
     "bundled/opt-tiny": FOLDER / "opt-tiny",
     "bundled/vit-tiny": FOLDER / "vit-tiny",
+    "bundled/ddpm-tiny": FOLDER / "ddpm-tiny",
 }
-"""Checkpoint folders in the layout of transformers, by the name a job uses."""
+"""Checkpoint folders in the layout of transformers or diffusers, by the name a job uses."""
 
 BUNDLED_TEXTS: dict[str, dict[str, Path]] = {
     "bundled/pydoc": {"train": FOLDER / "pydoc" / "train.txt.xz", "test": FOLDER / "pydoc" / "test.txt.xz"},

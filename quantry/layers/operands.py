@@ -1,7 +1,7 @@
 """Quantizers in their places: before linear layers, and on the operands of attention.
 
-An *operand* is named `<module>.<role>`: role `input` of a linear or convolution layer, and `query`, `key`,
-`value`, `probabilities` of an attention module. Attention is reached through transformers' own attention
+An *operand* is named `<module>.<role>`: roles `input` and `output` of a linear or convolution layer, and `query`,
+`key`, `value`, `probabilities` of an attention module. Attention is reached through transformers' own attention
 interface, under the name `quantry`; a model whose attention runs elsewhere is refused.
 """
 
@@ -66,10 +66,16 @@ def attach(network: nn.Module, name: str, quantizer: nn.Module) -> None:
         if not hasattr(module, "input_quantizer"):
             module.register_forward_pre_hook(_quantize_input)
         module.input_quantizer = quantizer
+    elif role == "output":
+        if not hasattr(module, "output_correction"):
+            module.register_forward_hook(_correct_output)
+        module.output_correction = quantizer
     elif role in ROLES:
         attention_operands(module).register_module(role, quantizer)
     else:
-        raise ValueError(f"`{name}` is not an operand: the role is `input` or one of {', '.join(ROLES)}")
+        raise ValueError(
+            f"`{name}` is not an operand: the role is `input`, `output` or one of {', '.join(ROLES)}"
+        )
 
 
 def attention_operands(module: nn.Module) -> AttentionOperands:
@@ -105,6 +111,9 @@ def attached(network: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         quantizer = getattr(module, "input_quantizer", None)
         if isinstance(quantizer, nn.Module):
             yield f"{path}.input" if path else "input", quantizer
+        correction = getattr(module, "output_correction", None)
+        if isinstance(correction, nn.Module):
+            yield f"{path}.output", correction
         if isinstance(module, AttentionOperands):
             for role in ROLES:
                 if getattr(module, role) is not None:
@@ -119,6 +128,11 @@ def detach_all(network: nn.Module) -> None:
                 if hook is _quantize_input:
                     del module._forward_pre_hooks[key]
             del module.input_quantizer
+        if hasattr(module, "output_correction"):
+            for key, after in list(module._forward_hooks.items()):
+                if after is _correct_output:
+                    del module._forward_hooks[key]
+            del module.output_correction
         if hasattr(module, "operands") and isinstance(module.operands, AttentionOperands):
             del module.operands
 
@@ -132,6 +146,10 @@ def use_quantized_attention(model: Any) -> None:
 
 def _quantize_input(module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (module.input_quantizer(inputs[0]), *inputs[1:])
+
+
+def _correct_output(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return cast(Tensor, module.output_correction(output))
 
 
 def quantized_attention(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from worker.diffusion.quantizers import StepNetwork, StepQuantizer, trainable
 from worker.diffusion.steps import Denoiser, Step
-from worker.diffusion.trajectory import SeededNoise
+from worker.diffusion.trajectory import SeededNoise, bound
 from worker.errors import NonFiniteError, RecipeError
 
 Gradient = Literal["accuquant", "exact"]
@@ -93,6 +93,7 @@ def roll(
 ) -> list[Tensor]:
     """The latents from `start` (batch, C, H, W) on, before each step of `indices` and after the last."""
     latents = [start]
+    denoiser = bound(denoiser, noise)
     for index in indices:
         x = latents[-1]
         latents.append(steps[index].advance(x, denoiser(x, index), noise.at(steps[index], index)))
@@ -120,6 +121,7 @@ def backward(
     error = latents.pop() - target
     v = 2 * weight / error.numel() * error
     exact = gradient == "exact"
+    denoiser = bound(denoiser, noise)
     for index in reversed(indices):
         x = latents.pop().detach().requires_grad_(exact and index != indices[0])
         moved = steps[index].advance(x, denoiser(x, index), noise.at(steps[index], index))

@@ -19,6 +19,7 @@ from torch.func import functional_call
 
 from quantry.quantizers.affine import quantize_to_grid
 from worker.diffusion.quantizers import StepNetwork
+from worker.diffusion.trajectory import Latents
 from worker.diffusion.unet import UNetLayer
 from worker.diffusion.weights import Clip, UNetWeight, fit_weight_grid, halves, set_weights
 from worker.errors import CalibrationError
@@ -66,7 +67,7 @@ def reconstruct(
     full: StepNetwork,
     quantized: StepNetwork,
     layers: Sequence[UNetLayer],
-    latents: Sequence[tuple[int, Tensor]],
+    latents: Sequence[Latents],
     bits: dict[str, int],
     options: AdaRound,
     tell: Callable[[int, int], None] = lambda done, total: None,
@@ -76,7 +77,7 @@ def reconstruct(
 
     Args:
         quantized: a copy of `full`, without activation quantizers.
-        latents: (step index, latents (batch, C, H, W)), spread over the trajectory.
+        latents: spread over the trajectory.
         bits: by layer name. tell: hears (done, total) blocks.
         pieces: where finished blocks are kept; those that are there already are not learned again.
     Returns: the weights by layer name, and the errors of each block. Where learning does not pay on the latents,
@@ -196,7 +197,7 @@ class _Block:
     """One block of the quantized network, its inputs there and its full-precision outputs, over all latents."""
 
     def __init__(
-        self, full: StepNetwork, quantized: StepNetwork, name: str, latents: Sequence[tuple[int, Tensor]]
+        self, full: StepNetwork, quantized: StepNetwork, name: str, latents: Sequence[Latents]
     ) -> None:
         self.name = name
         self.module = quantized.unet.get_submodule(name)
@@ -230,9 +231,7 @@ class _Block:
 
 
 @torch.no_grad()
-def _record(
-    network: StepNetwork, name: str, latents: Sequence[tuple[int, Tensor]]
-) -> list[tuple[Any, Any, Tensor]]:
+def _record(network: StepNetwork, name: str, latents: Sequence[Latents]) -> list[tuple[Any, Any, Tensor]]:
     """The arguments, keywords and output of a block for each of the latents; the network runs no further."""
     calls: list[tuple[Any, Any, Tensor]] = []
 
@@ -241,9 +240,9 @@ def _record(
         raise _Reached
 
     with network.unet.get_submodule(name).register_forward_hook(stop, with_kwargs=True):
-        for index, x in latents:
+        for index, x, seeds in latents:
             try:
-                network(x, index)
+                network.of(seeds)(x, index)
             except _Reached:
                 continue
     return calls

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from worker.diffusion.steps import Denoiser, Step
-from worker.diffusion.trajectory import SeededNoise
+from worker.diffusion.trajectory import Conditioned, SeededNoise, bound
 from worker.errors import NonFiniteError
 
 RELATIVE = 0.5  # share of the relative error in TAC's objective
@@ -38,13 +38,20 @@ class Correction:
 Rule = Callable[[Tensor, Tensor], Correction]
 
 
-def corrected(denoiser: Denoiser, corrections: Sequence[Correction]) -> Denoiser:
+@dataclass(frozen=True)
+class corrected:  # noqa: N801  # reads as the function it stands for
     """The denoiser with its output corrected at every step."""
 
-    def run(x: Tensor, index: int) -> Tensor:
-        return _apply(corrections[index], denoiser(x, index))
+    denoiser: Denoiser
+    corrections: Sequence[Correction]
 
-    return run
+    def __call__(self, x: Tensor, index: int) -> Tensor:
+        return _apply(self.corrections[index], self.denoiser(x, index))
+
+    def of(self, seeds: Sequence[int]) -> Denoiser:
+        """The same, for batches of these samples."""
+        inner = self.denoiser
+        return corrected(inner.of(seeds) if isinstance(inner, Conditioned) else inner, self.corrections)
 
 
 def _apply(correction: Correction, output: Tensor) -> Tensor:
@@ -66,9 +73,9 @@ def fit_corrections(
     x = noise.start()
     found = []
     for index, step in enumerate(steps):
-        parts = torch.split(x, batch)
-        output = torch.cat([quantized(part, index) for part in parts])
-        wanted = torch.cat([full(part, index) for part in parts])
+        parts = list(zip(torch.split(x, batch), noise.batches(batch), strict=True))
+        output = torch.cat([bound(quantized, samples)(part, index) for part, samples in parts])
+        wanted = torch.cat([bound(full, samples)(part, index) for part, samples in parts])
         if not (torch.isfinite(output).all() and torch.isfinite(wanted).all()):
             raise NonFiniteError(f"step {index}: the network's output holds NaN or infinity")
         found.append(rule(output.double(), wanted.double()))

@@ -16,7 +16,7 @@ from worker.diffusion.prepare import DiffusionJob
 from worker.diffusion.quantize import BATCH, QuantizedDenoiser
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import Denoiser
-from worker.diffusion.trajectory import Curves, error_curves, trajectory
+from worker.diffusion.trajectory import Curves, Latents, error_curves, trajectory
 from worker.errors import NonFiniteError
 from worker.metrics.images import class_tokens, frechet_distance, psnr, ssim
 from worker.metrics.layer_error import ErrorSum
@@ -80,7 +80,8 @@ def _quality(
             figures[metric] = {"fp": 1.0} | {n: float(ssim(images[n], reference).mean()) for n in others}
         elif metric == "frechet":
             assert job.features is not None
-            tokens = {n: class_tokens(values, job.features) for n, values in images.items()}
+            found = class_tokens(torch.cat(list(images.values())), job.features).chunk(len(images))
+            tokens = dict(zip(images, found, strict=True))
             figures[metric] = {"fp": 0.0} | {n: frechet_distance(tokens[n], tokens["fp"]) for n in others}
     where = {
         "frechet": f"features of {evaluation.features.id} (last class token)" if evaluation.features else ""
@@ -139,7 +140,7 @@ def layer_reports(
     few = noise.of(range(min(PROBED, len(noise.seeds))))
     last = len(job.loaded.steps) - 1
     wanted = {0, last // 2, last}
-    latents = [(i, x) for i, x in trajectory(job.full, job.loaded.steps, few) if i in wanted]
+    latents = [at for at in trajectory(job.full, job.loaded.steps, few) if at.index in wanted]
     ours = _errors(job, made.network, latents)
     rounded = _errors(job, nearest, latents) if nearest is not None else {}
     return tuple(
@@ -155,9 +156,7 @@ def layer_reports(
     )
 
 
-def _errors(
-    job: DiffusionJob, network: StepNetwork, latents: list[tuple[int, Tensor]]
-) -> dict[str, ErrorSum]:
+def _errors(job: DiffusionJob, network: StepNetwork, latents: list[Latents]) -> dict[str, ErrorSum]:
     sums: dict[str, ErrorSum] = {}
     reference: dict[str, Tensor] = {}
     modules = {layer.name: job.loaded.network.get_submodule(layer.name) for layer in job.layers}
@@ -168,9 +167,9 @@ def _errors(
     def see(name: str, output: Tensor) -> None:
         sums.setdefault(name, ErrorSum()).update(channels_last(modules[name], output), reference[name])
 
-    for index, x in latents:
+    for index, x, seeds in latents:
         with outputs_of(modules, keep):
-            job.full(x, index)
+            job.full.of(seeds)(x, index)
         with outputs_of({name: network.unet.get_submodule(name) for name in modules}, see):
-            network(x, index)
+            network.of(seeds)(x, index)
     return sums

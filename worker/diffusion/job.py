@@ -157,6 +157,7 @@ def _report(
         size=_size(job, made, workspace.artifact),
         layers=found.layers if found else (),
         blocks=(),
+        operands=tuple(made.operands),
         trajectory=trajectory_report(job, made, found, pictures) if found else None,
         cost=_cost(job, began, spent),
         estimate=guess.model_dump(mode="json", include=names),

@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from quantry.diffusion_planning import edge_bits
 from quantry.jobs import State
@@ -16,23 +15,28 @@ from quantry.layers.operands import attach
 from quantry.recipe import (
     AccuquantStep,
     AdaroundStep,
+    BiasCompensationStep,
     NoiseCorrectionStep,
     RtnStep,
+    SoftmaxBiasStep,
     Step,
     UniformStep,
     WeightStep,
 )
+from quantry.reports import OperandReport
 from worker.diffusion.accuquant import AccuQuant, GroupResult, calibrate
 from worker.diffusion.adaround import AdaRound, BlockResult, reconstruct
+from worker.diffusion.compensation import compensate
 from worker.diffusion.correctors import RULES, Correction, corrected, fit_corrections
 from worker.diffusion.memory import halving
 from worker.diffusion.pieces import BlockPieces, GroupPieces
 from worker.diffusion.prepare import DiffusionJob
 from worker.diffusion.quantizers import StepNetwork, StepQuantizer, attach_quantizers
 from worker.diffusion.ranges import fit_quantizers
+from worker.diffusion.softmax import correct_softmax
 from worker.diffusion.steps import Denoiser
 from worker.diffusion.timesteps import allocate, choose, middle_features
-from worker.diffusion.trajectory import boundaries, trajectory
+from worker.diffusion.trajectory import Latents, boundaries, trajectory
 from worker.diffusion.unet import layer_bits
 from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
 
@@ -40,7 +44,7 @@ LATENTS = 128  # that ranges are fitted to, where no weight step asks for anothe
 FEATURE_SAMPLES = 8  # that the density of timesteps is seen on
 BATCH = 64  # samples that are sampled at once
 
-Latents = Sequence[tuple[int, Tensor]]
+Calibration = Sequence[Latents]
 
 
 @dataclass
@@ -48,13 +52,14 @@ class QuantizedDenoiser:
     """What a recipe makes of the denoiser.
 
     network: weights and activations on their grids. weights: by layer. groups: of AccuQuant. corrections: of each step,
-    or none.
+    or none. operands: what is reported of softmax.
     """
 
     network: StepNetwork
     weights: dict[str, UNetWeight]
     groups: list[GroupResult] = field(default_factory=list)
     corrections: list[Correction] = field(default_factory=list)
+    operands: list[OperandReport] = field(default_factory=list)
 
     @property
     def denoiser(self) -> Denoiser:
@@ -65,10 +70,10 @@ class QuantizedDenoiser:
         for name, quantizer in self.network.quantizers.items():
             if isinstance(quantizer, StepQuantizer):
                 attach(self.network.unet, f"{name}.input", quantizer.frozen())
-        self.network = StepNetwork(self.network.unet, self.network.steps)
+        self.network = self.network.on(self.network.unet)
 
 
-def quantize(job: DiffusionJob, latents: Latents) -> QuantizedDenoiser:
+def quantize(job: DiffusionJob, latents: Calibration) -> QuantizedDenoiser:
     """Run the recipe. Raises CalibrationError and its kinds, OutOfMemory."""
     weights = _weights(job, latents)
     made = QuantizedDenoiser(_with_weights(job, weights), weights)
@@ -79,7 +84,7 @@ def quantize(job: DiffusionJob, latents: Latents) -> QuantizedDenoiser:
     return made
 
 
-def round_to_nearest(job: DiffusionJob, latents: Latents) -> StepNetwork:
+def round_to_nearest(job: DiffusionJob, latents: Calibration) -> StepNetwork:
     """The baseline: the same bits without any method, whole ranges, one grid for all steps."""
     step = job.spec.weight_step
     weights = _rounded(job, "none", symmetric=step.symmetric)
@@ -87,34 +92,37 @@ def round_to_nearest(job: DiffusionJob, latents: Latents) -> StepNetwork:
     activation = job.spec.activation_step
     if isinstance(activation, UniformStep):
         _attach_ranges(job, network, activation, latents, "none", len(network.steps))
-    return StepNetwork(network.unet, network.steps)
+    return network.on(network.unet)
 
 
-def calibration_latents(job: DiffusionJob) -> Latents:
+def calibration_latents(job: DiffusionJob) -> Calibration:
     """Full-precision latents of every step, as many of each as the timestep sampler says."""
     job.progress.stage(State.CALIBRATING, "sampling in full precision")
     steps, noise = job.loaded.steps, job.calibration()
     total = getattr(job.spec.weight_step, "latents", LATENTS)
     few = noise.of(range(min(FEATURE_SAMPLES, len(noise.seeds))))
 
-    def features() -> Tensor:
+    def features() -> torch.Tensor:
         return middle_features(job.full, "mid_block", trajectory(job.full, steps, few))
 
     counts = allocate(job.plan.sampling.timestep_sampler, len(steps), total, features)
     wanted = noise.of(range(min(max(counts), len(noise.seeds))))
 
-    def run(batch: int) -> Latents:
-        parts: list[list[tuple[int, Tensor]]] = []
+    def run(batch: int) -> Calibration:
+        parts: list[list[Latents]] = []
         for number, part in enumerate(wanted.batches(batch)):
-            parts.append([(i, x) for i, x in trajectory(job.full, steps, part) if i < len(steps)])
+            parts.append([at for at in trajectory(job.full, steps, part) if at.index < len(steps)])
             job.tell(min((number + 1) * batch, len(wanted.seeds)), len(wanted.seeds))
-        whole = [(same[0][0], torch.cat([x for _, x in same])) for same in zip(*parts, strict=True)]
+        whole = (
+            Latents(same[0].index, torch.cat([at.x for at in same]), sum((at.seeds for at in same), ()))
+            for same in zip(*parts, strict=True)
+        )
         return choose(whole, counts)
 
     return halving(run, BATCH, "sampling", job.warn)
 
 
-def _weights(job: DiffusionJob, latents: Latents) -> dict[str, UNetWeight]:
+def _weights(job: DiffusionJob, latents: Calibration) -> dict[str, UNetWeight]:
     step = job.spec.weight_step
     job.progress.stage(State.QUANTIZING, "rounding weights")
     if not isinstance(step, AdaroundStep):
@@ -135,7 +143,7 @@ def _weights(job: DiffusionJob, latents: Latents) -> dict[str, UNetWeight]:
             symmetric=step.symmetric,
             seed=job.spec.calibration.seed,
         )
-        copied = StepNetwork(copy.deepcopy(job.loaded.network), job.loaded.steps)
+        copied = job.full.on(copy.deepcopy(job.loaded.network))
         pieces = BlockPieces(job.store, job.device, done)
         found, _ = reconstruct(
             job.full, copied, job.layers, latents, _weight_bits(job, step), options, job.tell, pieces
@@ -171,11 +179,11 @@ def _clip(step: WeightStep) -> Clip:
 def _with_weights(job: DiffusionJob, weights: Mapping[str, UNetWeight]) -> StepNetwork:
     network = copy.deepcopy(job.loaded.network)
     set_weights(network, weights)
-    return StepNetwork(network, job.loaded.steps)
+    return job.full.on(network)
 
 
 def _attach_ranges(
-    job: DiffusionJob, network: StepNetwork, step: UniformStep, latents: Latents, clip: Clip, group: int
+    job: DiffusionJob, network: StepNetwork, step: UniformStep, latents: Calibration, clip: Clip, group: int
 ) -> None:
     quantizers = fit_quantizers(
         network,
@@ -188,13 +196,13 @@ def _attach_ranges(
     attach_quantizers(network.unet, quantizers)
 
 
-def _uniform(job: DiffusionJob, made: QuantizedDenoiser, step: UniformStep, latents: Latents) -> None:
+def _uniform(job: DiffusionJob, made: QuantizedDenoiser, step: UniformStep, latents: Calibration) -> None:
     job.progress.stage(State.QUANTIZING, "fitting grids to activations")
     _attach_ranges(job, made.network, step, latents, "mse" if step.range == "mse" else "none", job.plan.group)
-    made.network = StepNetwork(made.network.unet, made.network.steps)
+    made.network = made.network.on(made.network.unet)
 
 
-def _accuquant(job: DiffusionJob, made: QuantizedDenoiser, step: AccuquantStep, latents: Latents) -> None:
+def _accuquant(job: DiffusionJob, made: QuantizedDenoiser, step: AccuquantStep, latents: Calibration) -> None:
     job.progress.stage(State.CORRECTING, "calibrating over groups of steps")
     noise = job.calibration()
     bounds = halving(
@@ -232,7 +240,7 @@ def _accuquant(job: DiffusionJob, made: QuantizedDenoiser, step: AccuquantStep, 
 
 
 def _noise_correction(
-    job: DiffusionJob, made: QuantizedDenoiser, step: NoiseCorrectionStep, latents: Latents
+    job: DiffusionJob, made: QuantizedDenoiser, step: NoiseCorrectionStep, latents: Calibration
 ) -> None:
     job.progress.stage(State.CORRECTING, "fitting corrections of the prediction")
     made.corrections = halving(
@@ -251,8 +259,34 @@ def _noise_correction(
     )
 
 
-_STEPS: dict[type[Step], Callable[[DiffusionJob, QuantizedDenoiser, Any, Latents], None]] = {
+def _softmax_bias(
+    job: DiffusionJob, made: QuantizedDenoiser, step: SoftmaxBiasStep, latents: Calibration
+) -> None:
+    job.progress.stage(State.CORRECTING, "correcting softmax")
+    made.operands += correct_softmax(made.network, latents, step, job.plan.group)
+    made.network = made.network.on(made.network.unet)
+
+
+def _bias_compensation(
+    job: DiffusionJob, made: QuantizedDenoiser, step: BiasCompensationStep, latents: Calibration
+) -> None:
+    job.progress.stage(State.CORRECTING, "compensating biases")
+    compensate(
+        job.full,
+        made.network,
+        job.layers,
+        latents,
+        steps_per_row=job.plan.group,
+        targets=step.targets,
+        tell=job.tell,
+    )
+    made.network = made.network.on(made.network.unet)
+
+
+_STEPS: dict[type[Step], Callable[[DiffusionJob, QuantizedDenoiser, Any, Calibration], None]] = {
     UniformStep: _uniform,
     AccuquantStep: _accuquant,
+    SoftmaxBiasStep: _softmax_bias,
+    BiasCompensationStep: _bias_compensation,
     NoiseCorrectionStep: _noise_correction,
 }

@@ -7,6 +7,7 @@ Huang et al., "TFMQ-DM", 2024, arXiv:2311.16503.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from quantry.layers.operands import attach, attached
-from quantry.quantizers.steps import StepTable, channel_halves
+from quantry.quantizers.steps import StepDependent, StepTable, channel_halves
+from worker.diffusion.conditions import Predict, Seeds, Unconditional
 from worker.diffusion.steps import Step
 
 SMALLEST = 1e-8  # of a step size: what is always 0 needs none
@@ -104,25 +106,46 @@ class _FakeQuantize(torch.autograd.Function):
 
 
 class StepNetwork:
-    """A UNet2DModel as a denoiser: tells the network its timestep, and its quantizers the step.
+    """A network as a denoiser: tells the network its timestep, and what depends on it the step.
 
-    Weights and quantizers may change at any time; quantizers attached afterwards are not told the step.
+    predict: what the pipeline does around it; seeds: of the samples of a batch, where that depends on them.
+    quantizers: of the layers' inputs, by layer. Weights and quantizers may change at any time; quantizers attached
+    afterwards are not told the step.
     """
 
-    def __init__(self, unet: Any, steps: tuple[Step, ...]) -> None:
+    def __init__(
+        self, unet: Any, steps: tuple[Step, ...], predict: Predict | None = None, seeds: Seeds = ()
+    ) -> None:
         self.unet = unet
         self.steps = steps
+        self.predict: Predict = predict or Unconditional()
+        self.seeds = seeds
         self.quantizers: dict[str, StepQuantizer | StepTable] = {
             name.removesuffix(".input"): quantizer
             for name, quantizer in attached(unet)
             if isinstance(quantizer, StepQuantizer | StepTable)
         }
+        self._dependents = [m for m in unet.modules() if isinstance(m, StepQuantizer | StepDependent)]
+
+    def tell(self, index: int) -> None:
+        """Let everything that depends on the step know which it is."""
+        for module in self._dependents:
+            module.index = index
 
     def __call__(self, x: Tensor, index: int) -> Tensor:
-        for quantizer in self.quantizers.values():
-            quantizer.index = index
-        output: Tensor = self.unet(x, self.steps[index].timestep, return_dict=False)[0]
-        return output
+        self.tell(index)
+        step = self.steps[index]
+        return self.predict(self.unet, x if step.scale == 1 else step.scale * x, step.timestep, self.seeds)
+
+    def of(self, seeds: Seeds) -> StepNetwork:
+        """The same network, for batches of these samples."""
+        bound = copy.copy(self)
+        bound.seeds = seeds
+        return bound
+
+    def on(self, unet: Any) -> StepNetwork:
+        """The same steps and conditions on another network, or on this one after quantizers were attached."""
+        return StepNetwork(unet, self.steps, self.predict)
 
 
 def attach_quantizers(unet: nn.Module, quantizers: Mapping[str, StepQuantizer]) -> None:

@@ -13,12 +13,12 @@ from torch import Tensor
 from quantry.quantizers.activation import UniformQuantizer
 from quantry.quantizers.steps import channel_halves
 from worker.diffusion.quantizers import StepNetwork, StepQuantizer
+from worker.diffusion.trajectory import Latents
 from worker.diffusion.unet import UNetLayer
 from worker.errors import NonFiniteError
 from worker.methods.uniform import BINS, mse_range
 
-# Yields `(index, latents)` for every step, full-precision latents; called twice.
-Latents = Callable[[], Iterable[tuple[int, Tensor]]]
+Source = Callable[[], Iterable[Latents]]  # full-precision latents of every step; called twice
 Clip = Literal["none", "mse"]
 
 
@@ -26,7 +26,7 @@ Clip = Literal["none", "mse"]
 def fit_quantizers(
     network: StepNetwork,
     layers: Sequence[UNetLayer],
-    latents: Latents,
+    latents: Source,
     *,
     bits: Mapping[str, int],
     steps_per_row: int,
@@ -104,7 +104,7 @@ class _Site:
 def _observe(
     network: StepNetwork,
     sites: Sequence[_Site],
-    latents: Latents,
+    latents: Source,
     see: Callable[[_Site, int, Tensor], None],
 ) -> None:
     """Run the network on all latents and show each site its layer's input."""
@@ -117,6 +117,6 @@ def _observe(
         for site in sites:
             module = network.unet.get_submodule(site.layer.name)
             hooks.enter_context(module.register_forward_pre_hook(partial(show, site)))
-        for present, x in latents():
+        for present, x, seeds in latents():
             if present < len(network.steps):
-                network(x, present)
+                network.of(seeds)(x, present)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from diffusers import DDIMScheduler, DDPMScheduler
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
 from worker.errors import ModelError, RecipeError
@@ -23,12 +23,16 @@ Denoiser = Callable[[Tensor, int], Tensor]
 
 @dataclass(frozen=True)
 class Step:
-    """One step. timestep: what the network is told. a, b, sigma: computed in float64."""
+    """One step. timestep: what the network is told. a, b, sigma: computed in float64.
 
-    timestep: int
+    scale: the network is fed scale * x.
+    """
+
+    timestep: float
     a: float
     b: float
     sigma: float
+    scale: float = 1.0
 
     def advance(self, x: Tensor, output: Tensor, noise: Tensor | None = None) -> Tensor:
         """The next latent. noise: standard normal, in the shape of x; needed where sigma > 0."""
@@ -43,12 +47,15 @@ def read_steps(scheduler: Any, count: int, *, eta: float = 0.0) -> tuple[Step, .
     """The steps that `scheduler` takes to sample in `count` of them, spaced as its config says.
 
     Args:
-        scheduler: a DDIMScheduler or DDPMScheduler; it is left as it is.
+        scheduler: a DDIMScheduler or DDPMScheduler, or for one step a CMStochasticIterativeScheduler; it is left
+            as it is.
         eta: share of DDPM's noise that DDIM adds, at least 0; DDPM has its own.
     Raises:
         ModelError: another scheduler, one whose step is not linear, or coefficients that are not finite.
         RecipeError: `count` or `eta` that the scheduler cannot take.
     """
+    if isinstance(scheduler, CMStochasticIterativeScheduler):
+        return (_consistency_step(scheduler, count),)
     _refuse_nonlinear(scheduler)
     limit = scheduler.config.num_train_timesteps
     if not 1 <= count <= limit:
@@ -66,6 +73,22 @@ def read_steps(scheduler: Any, count: int, *, eta: float = 0.0) -> tuple[Step, .
         )
     make = _ddim_step if ddim else _ddpm_step
     return tuple(make(fresh, times, index, eta) for index in range(len(times)))
+
+
+def _consistency_step(scheduler: Any, count: int) -> Step:
+    """The one step of a consistency model: Song et al., 2023, arXiv:2303.01469, appendix C, from unit noise.
+
+    Samples are clamped when they become images, so the scheduler's own clamp, in the last step, changes nothing.
+    """
+    if count != 1:
+        raise RecipeError(f"steps: {count} of a consistency model; its step is linear only alone: use 1")
+    fresh = type(scheduler).from_config(scheduler.config)
+    fresh.set_timesteps(1)
+    sigma = fresh.sigmas[0].double()
+    skip, out = (float(value) for value in fresh.get_scalings_for_boundary_condition(sigma))
+    start = float(fresh.init_noise_sigma)
+    scale = start / math.sqrt(float(sigma) ** 2 + fresh.config.sigma_data**2)
+    return Step(float(fresh.timesteps[0]), start * skip, out, 0.0, scale)
 
 
 def _refuse_nonlinear(scheduler: Any) -> None:

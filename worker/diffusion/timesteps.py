@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from worker.diffusion.quantizers import StepNetwork
+from worker.diffusion.trajectory import Latents
 
 TimestepSampler = Literal["uniform", "normal", "density"]
 DIVERSITY = 1.2  # weight of diversity beside density
@@ -66,7 +67,7 @@ _WEIGHTS: dict[TimestepSampler, Callable[[int, Callable[[], Tensor]], Tensor]] =
 
 
 @torch.no_grad()
-def middle_features(network: StepNetwork, middle: str, latents: Iterable[tuple[int, Tensor]]) -> Tensor:
+def middle_features(network: StepNetwork, middle: str, latents: Iterable[Latents]) -> Tensor:
     """The mean output of module `middle` at each step, over a batch: (steps, width), on the CPU."""
     found: list[Tensor] = []
 
@@ -74,18 +75,19 @@ def middle_features(network: StepNetwork, middle: str, latents: Iterable[tuple[i
         found.append(output.float().mean(0).flatten().cpu())
 
     with network.unet.get_submodule(middle).register_forward_hook(see):
-        for index, x in latents:
+        for index, x, seeds in latents:
             if index < len(network.steps):
-                network(x, index)
+                network.of(seeds)(x, index)
     return torch.stack(found)
 
 
-def choose(latents: Iterable[tuple[int, Tensor]], counts: Sequence[int]) -> list[tuple[int, Tensor]]:
-    """`counts[index]` latents of each step, of other samples at each. latents: (index, (samples, C, H, W))."""
+def choose(latents: Iterable[Latents], counts: Sequence[int]) -> list[Latents]:
+    """`counts[index]` latents of each step, of other samples at each."""
     chosen = []
-    for index, x in latents:
+    for index, x, seeds in latents:
         if index < len(counts):
             count = min(counts[index], len(x))
             places = (torch.arange(count) + index * count) % len(x)
-            chosen.append((index, x[places.to(x.device)].clone()))
+            kept = tuple(seeds[place] for place in places.tolist()) if seeds else ()
+            chosen.append(Latents(index, x[places.to(x.device)].clone(), kept))
     return chosen

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,22 +48,43 @@ class SeededNoise:
         return torch.stack(draws).to(self.device)
 
 
+class Latents(NamedTuple):
+    """Latents x (samples, C, H, W) before step `index`, and the seeds of their samples."""
+
+    index: int
+    x: Tensor
+    seeds: tuple[int, ...] = ()
+
+
+@runtime_checkable
+class Conditioned(Protocol):
+    """A denoiser whose prediction may depend on the sample."""
+
+    def of(self, seeds: Sequence[int]) -> Denoiser: ...
+
+
+def bound(denoiser: Denoiser, noise: SeededNoise) -> Denoiser:
+    """The denoiser as it predicts for these samples."""
+    return denoiser.of(noise.seeds) if isinstance(denoiser, Conditioned) else denoiser
+
+
 @torch.no_grad()
-def trajectory(denoiser: Denoiser, steps: Sequence[Step], noise: SeededNoise) -> Iterator[tuple[int, Tensor]]:
-    """`(index, latent before that step)` for every step, and at last `(len(steps), sample)`."""
+def trajectory(denoiser: Denoiser, steps: Sequence[Step], noise: SeededNoise) -> Iterator[Latents]:
+    """The latents before every step, and at last the samples, under the index `len(steps)`."""
+    run = bound(denoiser, noise)
     x = noise.start()
-    yield 0, x
+    yield Latents(0, x, noise.seeds)
     for index, step in enumerate(steps):
-        x = step.advance(x, denoiser(x, index), noise.at(step, index))
-        yield index + 1, x
+        x = step.advance(x, run(x, index), noise.at(step, index))
+        yield Latents(index + 1, x, noise.seeds)
 
 
 def sample(denoiser: Denoiser, steps: Sequence[Step], noise: SeededNoise, *, batch: int = 64) -> Tensor:
     """The samples of all seeds: (seeds, C, H, W) float32."""
     found = []
     for part in noise.batches(batch):
-        for _, x in trajectory(denoiser, steps, part):
-            last = x
+        for latents in trajectory(denoiser, steps, part):
+            last = latents.x
         found.append(last)
     return torch.cat(found)
 
@@ -74,7 +96,7 @@ def boundaries(
     kept = []
     for part in noise.batches(batch):
         run = trajectory(denoiser, steps, part)
-        kept.append(torch.stack([x for i, x in run if i % group == 0 or i == len(steps)]))
+        kept.append(torch.stack([at.x for at in run if at.index % group == 0 or at.index == len(steps)]))
     return torch.cat(kept, dim=1)
 
 
@@ -101,11 +123,12 @@ def error_curves(
     final, reference = [], []
     for part in noise.batches(batch):
         x = drifted = part.start()
+        f, q = bound(full, part), bound(quantized, part)
         for index, step in enumerate(steps):
             z = part.at(step, index)
-            once = step.advance(x, quantized(x, index), z)
-            drifted = step.advance(drifted, quantized(drifted, index), z)
-            x = step.advance(x, full(x, index), z)
+            once = step.advance(x, q(x, index), z)
+            drifted = step.advance(drifted, q(drifted, index), z)
+            x = step.advance(x, f(x, index), z)
             single.append(_squared(once - x))
             accumulated.append(_squared(drifted - x))
         final.append(drifted)

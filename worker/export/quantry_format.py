@@ -95,9 +95,13 @@ def _module_of(operand: str) -> str:
     module, _, role = operand.rpartition(".")
     if role == "input":
         return f"{module}.input_quantizer"
+    if role == "output":
+        return f"{module}.output_correction"
     if role in ROLES:
         return f"{module}.operands.{role}"
-    raise ExportError(f"`{operand}` is not an operand: the role is `input` or one of {', '.join(ROLES)}")
+    raise ExportError(
+        f"`{operand}` is not an operand: the role is `input`, `output` or one of {', '.join(ROLES)}"
+    )
 
 
 def _finite(name: str, value: Tensor) -> Tensor:

@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler
-from torch import Tensor
 
 from worker.diffusion.adaround import AdaRound, reconstruct
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import read_steps
-from worker.diffusion.trajectory import SeededNoise, trajectory
+from worker.diffusion.trajectory import Latents, SeededNoise, trajectory
 from worker.diffusion.unet import image_shape, layers_of
 from worker.diffusion.weights import halves, quantize_weight, set_weights
 from worker.errors import CalibrationError
@@ -23,13 +22,13 @@ MakeUNet = Callable[..., Any]
 STEPS = read_steps(DDIMScheduler(num_train_timesteps=100, clip_sample=False), 4)
 
 
-def latents_of(network: StepNetwork, first: int, count: int) -> list[tuple[int, Tensor]]:
+def latents_of(network: StepNetwork, first: int, count: int) -> list[Latents]:
     noise = SeededNoise(tuple(range(first, first + count)), image_shape(network.unet), torch.device("cpu"))
-    return [(i, x) for i, x in trajectory(network, STEPS, noise) if i < len(STEPS)]
+    return [at for at in trajectory(network, STEPS, noise) if at.index < len(STEPS)]
 
 
-def error(full: StepNetwork, other: StepNetwork, latents: list[tuple[int, Tensor]]) -> float:
-    return sum(float((full(x, i) - other(x, i)).square().mean()) for i, x in latents)
+def error(full: StepNetwork, other: StepNetwork, latents: list[Latents]) -> float:
+    return sum(float((full(x, i) - other(x, i)).square().mean()) for i, x, _ in latents)
 
 
 def test_rounding_is_learned_for_what_comes_out(make_unet: MakeUNet) -> None:

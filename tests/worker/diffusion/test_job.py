@@ -33,13 +33,17 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "everything": [
         {**ADAROUND, "symmetric": True, "edge_bits": 4},
         {**UNIFORM, "range": "min_max", "edge_bits": 6},
+        {"method": "softmax_bias", "range": "max"},
         {**ACCUQUANT, "per_group": False, "gradient": "exact"},
+        {"method": "bias_compensation", "targets": "published"},
         {"method": "noise_correction", "rule": "tac"},
     ],
     "progressive": [
         {"method": "rtn", "bits": 4},
         UNIFORM,
         {**ACCUQUANT, "group": 3, "start": "progressive"},
+        {"method": "softmax_bias", "granularity": "tensor"},
+        {"method": "bias_compensation"},
         {"method": "noise_correction"},
     ],
 }
@@ -103,6 +107,8 @@ def test_every_step_runs_and_the_pipeline_predicts_the_same(name: str, workspace
     assert frechet.fp == 0
     assert frechet.quantized is not None
     assert frechet.quantized > 0
+    assert [operand.kind for operand in report.operands] == ["probabilities"] * 3
+    assert all(operand.row_sum_after == pytest.approx(1, abs=1e-5) for operand in report.operands)
     run = report.trajectory
     assert run is not None
     assert len(run.accumulated) == len(run.single) == len(run.accumulated_rtn or ()) == 4
@@ -200,7 +206,7 @@ def test_a_job_that_died_goes_on_and_writes_the_same_bytes(
 ) -> None:
     pipelines.write_ddim(workspace.model_roots[0] / "model")
     spec = JobRequest.model_validate(body(RECIPES["accuquant"], evaluation=None)).resolve()
-    for died in (3, 13):  # among the blocks; then, of those that were left, in the second group of steps
+    for died in (3, 15):  # among the blocks; then, of those that were left, in the second group of steps
         with pytest.raises(_Killed):
             run(spec, workspace, _Dying(died))
     out = io.StringIO()

@@ -34,14 +34,14 @@ def test_a_sample_depends_on_its_seed_and_nothing_else() -> None:
 
 def test_boundaries_are_latents_of_the_trajectory() -> None:
     noise = SeededNoise(tuple(range(5)), SHAPE, CPU)
-    latents = torch.stack([x for _, x in trajectory(full, STEPS, noise)])
+    latents = torch.stack([at.x for at in trajectory(full, STEPS, noise)])
     for group, kept in ((1, [0, 1, 2, 3, 4, 5, 6, 7]), (3, [0, 3, 6, 7]), (7, [0, 7]), (10, [0, 7])):
         torch.testing.assert_close(boundaries(full, STEPS, noise, group=group, batch=2), latents[kept])
 
 
 def test_gradients_are_never_recorded() -> None:
     weight = torch.ones((), requires_grad=True)
-    for _, x in trajectory(lambda x, i: weight * x, STEPS, SeededNoise((0,), SHAPE, CPU)):
+    for _, x, _ in trajectory(lambda x, i: weight * x, STEPS, SeededNoise((0,), SHAPE, CPU)):
         assert not x.requires_grad
         assert torch.is_grad_enabled()
 
@@ -53,7 +53,7 @@ def test_errors_are_of_one_step_and_of_all_steps_so_far() -> None:
     torch.testing.assert_close(curves.single[0], curves.accumulated[0])
     drift = sample(rounded, STEPS, noise) - sample(full, STEPS, noise)
     torch.testing.assert_close(curves.accumulated[-1], drift.square().flatten(1).mean(1))
-    latents = [x for _, x in trajectory(full, STEPS, noise)]
+    latents = [at.x for at in trajectory(full, STEPS, noise)]
     for index, step in enumerate(STEPS):
         error = step.b * (rounded(latents[index], index) - full(latents[index], index))
         torch.testing.assert_close(

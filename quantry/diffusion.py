@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from quantry.base import SpecError
 from quantry.headers import HeaderError, TensorInfo, merge_shards
@@ -18,7 +18,7 @@ INDEX = "model_index.json"
 SIDECAR = "quantization.json"  # of a quantized pipeline; see quantry/pipelines.py
 SCHEDULER_CONFIG = "scheduler_config.json"
 _WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")  # of diffusers and of transformers
-_LIBRARIES = ("diffusers", "transformers")
+_LIBRARIES = ("diffusers", "transformers", "stable_diffusion")  # the last: the safety checker
 MAX_SHARDS = 1000
 
 Read = Callable[[str], bytes]  # a small file of the folder, by its path in it
@@ -30,13 +30,17 @@ class PipelineFamily:
     """One pipeline class of diffusers.
 
     denoiser: the component that is quantized, of class `architecture`. others: what else it may have, beside the
-    scheduler; it is copied. one_step: a consistency model, which is sampled in one step.
+    scheduler; it is copied. conditions: what a sample is asked for by. guidance: the usual scale of classifier-free
+    guidance. decoder: the component that makes images of latents. one_step: a consistency model.
     """
 
     name: str
     denoiser: str
     architecture: str
     others: tuple[str, ...] = ()
+    conditions: Literal["text", "class"] | None = None
+    guidance: float | None = None
+    decoder: str | None = None
     one_step: bool = False
 
 
@@ -45,6 +49,26 @@ PIPELINES: dict[str, PipelineFamily] = {
     for family in (
         PipelineFamily("DDPMPipeline", "unet", "UNet2DModel"),
         PipelineFamily("DDIMPipeline", "unet", "UNet2DModel"),
+        PipelineFamily("ConsistencyModelPipeline", "unet", "UNet2DModel", one_step=True),
+        PipelineFamily("LDMPipeline", "unet", "UNet2DModel", ("vqvae",), decoder="vqvae"),
+        PipelineFamily(
+            "StableDiffusionPipeline",
+            "unet",
+            "UNet2DConditionModel",
+            ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor", "image_encoder"),
+            conditions="text",
+            guidance=7.5,
+            decoder="vae",
+        ),
+        PipelineFamily(
+            "DiTPipeline",
+            "transformer",
+            "DiTTransformer2DModel",
+            ("vae",),
+            conditions="class",
+            guidance=4.0,
+            decoder="vae",
+        ),
     )
 }
 

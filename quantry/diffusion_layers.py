@@ -11,7 +11,7 @@ from quantry.checkpoint_checks import check_float, size_of
 from quantry.headers import TensorInfo
 
 _TIME = re.compile(
-    r"^time_embedding\.|\.time_emb_proj\.|^add_embedding\.|^class_embedding\.|norm1\.(emb|linear)\."
+    r"^time_embedding\.|\.time_emb_proj\.|^add_embedding\.|^class_embedding\.|norm1\.(emb|linear)\.|^proj_out_1\."
 )
 _TABLES = re.compile(
     r"(^|\.)(embedding_table|position_embedding|pos_embed)\.weight$|^class_embedding\.weight$"
@@ -37,6 +37,11 @@ def is_edge(layer: str) -> bool:
     return layer in EDGES
 
 
+def is_time(layer: str) -> bool:
+    """Whether a layer sees nothing but the timestep and, in a DiT, the label."""
+    return _TIME.search(f"{layer}.") is not None
+
+
 def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
     """(C, H, W) of a latent. Raises SpecError for sizes that are missing or that the levels do not divide."""
     channels = size_of(config, "in_channels")
@@ -49,6 +54,7 @@ def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
             "1 to 4096",
         )
     levels = len(config.get("block_out_channels") or (0,)) - 1
+    levels = 0 if config.get("cross_attention_dim") else levels  # a UNet2DConditionModel fits what comes up
     wrong = next((side for side in sides if side % 2**levels), None)
     if wrong is not None:
         raise SpecError(
@@ -62,7 +68,7 @@ def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
 
 def positions(layer: str, config: Mapping[str, Any], shape: tuple[int, int, int]) -> int:
     """How many places of one latent a layer's weight is applied to."""
-    if _TIME.search(layer + "."):
+    if is_time(layer):
         return 1
     area = shape[1] * shape[2]
     patch = config.get("patch_size")

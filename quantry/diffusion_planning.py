@@ -81,8 +81,8 @@ def plan_diffusion(
     latent = latent_shape(denoiser.config)
     _check_network(family, denoiser.config)
     sampling = _sampling(spec, family, components["scheduler"].config)
-    group = _group(spec, sampling)
-    resolved = _resolve(spec, sampling)
+    group = _group(spec, sampling, family)
+    resolved = _resolve(spec, sampling, family)
     layers = quantized_layers(denoiser.tensors)
     bits = sum(_layer_bits(resolved, name, info) for name, info in layers.items())
     weights = sum(info.numel for info in layers.values())
@@ -184,9 +184,12 @@ def _check_uniform(path: str, step: UniformStep) -> None:
 
 
 def _check_network(family: PipelineFamily, config: Mapping[str, Any]) -> None:
-    if config.get("class_embed_type") or config.get("num_class_embeds"):
+    classes = config.get("class_embed_type") or config.get("num_class_embeds")
+    if classes and not (family.one_step and config.get("num_class_embeds")):
         raise SpecError("model", f"class-conditional networks do not run in a {family.name}")
     outputs, inputs = config.get("out_channels"), config.get("in_channels")
+    if family.conditions == "class" and outputs in (None, 2 * (inputs or 0)):
+        return  # a DiT's variance is left alone
     if outputs != inputs:
         raise SpecError(
             "model",
@@ -198,6 +201,8 @@ def _check_network(family: PipelineFamily, config: Mapping[str, Any]) -> None:
 def _sampling(spec: JobSpec, family: PipelineFamily, config: Mapping[str, Any]) -> Sampling:
     """The sampler's settings, filled in. Raises SpecError for what has no linear step."""
     asked = spec.sampling or Sampling()
+    if family.one_step:
+        return _one_step(asked, config)
     kind = _scheduler(asked, config)
     if kind not in SCHEDULERS.values():
         raise SpecError(
@@ -215,12 +220,33 @@ def _sampling(spec: JobSpec, family: PipelineFamily, config: Mapping[str, Any]) 
             f"the checkpoint's scheduler has {bent[0]} on, which bends every step: set false to sample without and see "
             "in the report whether the model still samples well",
         )
-    if asked.guidance_scale is not None:
+    if asked.guidance_scale is not None and family.guidance is None:
         raise SpecError("sampling.guidance_scale", f"a {family.name} has no guidance: leave it out")
     steps, limit = asked.steps or STEPS, config.get("num_train_timesteps", 1000)
     if steps > limit:
         raise SpecError("sampling.steps", f"{steps} steps, but the scheduler was trained with {limit}")
-    return asked.model_copy(update={"steps": steps})
+    return asked.model_copy(
+        update={"steps": steps, "guidance_scale": asked.guidance_scale or family.guidance}
+    )
+
+
+def _one_step(asked: Sampling, config: Mapping[str, Any]) -> Sampling:
+    """The settings of a consistency model. Raises SpecError for any that it has not."""
+    kind = config.get("_class_name")
+    if kind != "CMStochasticIterativeScheduler":
+        raise SpecError(
+            "model", f"a consistency model is sampled by a CMStochasticIterativeScheduler, not by a {kind}"
+        )
+    if asked.steps not in (None, 1):
+        raise SpecError(
+            "sampling.steps", "a consistency model is linear in its network only in one step: use 1"
+        )
+    for field in ("scheduler", "clip_sample", "guidance_scale", "group"):
+        if getattr(asked, field) is not None:
+            raise SpecError(f"sampling.{field}", "a consistency model has its own sampler: leave it out")
+    if asked.eta:
+        raise SpecError("sampling.eta", "the one step of a consistency model adds no noise: leave it out")
+    return asked.model_copy(update={"steps": 1})
 
 
 def _scheduler(sampling: Sampling, config: Mapping[str, Any]) -> str:
@@ -228,7 +254,7 @@ def _scheduler(sampling: Sampling, config: Mapping[str, Any]) -> str:
     return SCHEDULERS[sampling.scheduler] if sampling.scheduler else str(config.get("_class_name"))
 
 
-def _group(spec: JobSpec, sampling: Sampling) -> int:
+def _group(spec: JobSpec, sampling: Sampling, family: PipelineFamily) -> int:
     """Consecutive steps that share activation grids. Raises SpecError."""
     assert sampling.steps is not None
     steps, step = sampling.steps, spec.accuquant
@@ -237,6 +263,10 @@ def _group(spec: JobSpec, sampling: Sampling) -> int:
     if step is None:
         return sampling.group or steps
     at = f"recipe.{spec.recipe.index(step)}"
+    if family.one_step:
+        raise SpecError(
+            at, "`accuquant` calibrates over several steps, and a consistency model takes one: leave it out"
+        )
     if step.group > steps:
         raise SpecError(
             f"{at}.group",
@@ -253,13 +283,19 @@ def _group(spec: JobSpec, sampling: Sampling) -> int:
     return shared
 
 
-def _resolve(spec: JobSpec, sampling: Sampling) -> JobSpec:
+def _resolve(spec: JobSpec, sampling: Sampling, family: PipelineFamily) -> JobSpec:
     for role, part in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
         if part is None:
             continue
         if part.sequence_length is not None:
             raise SpecError(f"{role}.sequence_length", "samples have no windows of tokens: leave it out")
-        if part.dataset.id != "bundled/pydoc":
+        named = part.dataset.id != "bundled/pydoc"  # what a request without a dataset names
+        if family.conditions == "text" and not named:
+            raise SpecError(
+                f"{role}.dataset",
+                "a text-to-image pipeline needs prompts: name a text with a prompt on each line",
+            )
+        if family.conditions != "text" and named:
             raise SpecError(
                 f"{role}.dataset",
                 "a pipeline without prompts calibrates on its own samples, from seeds: leave it out",

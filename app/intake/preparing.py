@@ -69,7 +69,7 @@ def prepare(spec: JobSpec, settings: Settings, *, session: Session, owner: str) 
     ref, outside = _model(spec.model, settings, hub)
     spec = spec.model_copy(update={"model": ref})
     if is_pipeline(outside.config):
-        return _pipeline(spec, outside, settings, hub)
+        return _pipeline(spec, outside, sources)
     check_overlap(spec)
     if is_vision(outside.config):
         return _classifier(spec, outside, sources)
@@ -103,16 +103,21 @@ def _classifier(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
     )
 
 
-def _pipeline(spec: JobSpec, outside: Outside, settings: Settings, hub: Hub) -> Prepared:
+def _pipeline(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
     planned = plan_diffusion(spec, outside.config, outside.components)
-    evaluation = planned.spec.evaluation
-    if evaluation is None or evaluation.features is None:
-        return Prepared(planned)
-    ref, extractor = _model(evaluation.features, settings, hub)
-    if not is_vision(extractor.config) or vision_family_of(extractor.config).pooled == "mean":
-        raise SpecError("evaluation.features", f"{ref.id} is no image classifier with a class token")
-    pinned = evaluation.model_copy(update={"features": ref})
-    return Prepared(replace(planned, spec=planned.spec.model_copy(update={"evaluation": pinned})))
+    pinned, evaluation = planned.spec, planned.spec.evaluation
+    if planned.family.conditions == "text":
+        check_overlap(pinned)
+        seen = read_text(pinned.calibration.dataset, "calibration", sources)
+        unseen = read_text(evaluation.dataset, "evaluation", sources) if evaluation else None
+        pinned = _pinned(pinned, seen.ref, unseen.ref if unseen else None)
+        evaluation = pinned.evaluation
+    if evaluation is not None and evaluation.features is not None:
+        ref, extractor = _model(evaluation.features, sources.settings, sources.hub)
+        if not is_vision(extractor.config) or vision_family_of(extractor.config).pooled == "mean":
+            raise SpecError("evaluation.features", f"{ref.id} is no image classifier with a class token")
+        pinned = pinned.model_copy(update={"evaluation": evaluation.model_copy(update={"features": ref})})
+    return Prepared(replace(planned, spec=pinned))
 
 
 def _pinned(spec: JobSpec, calibration: DatasetRef, evaluation: DatasetRef | None) -> JobSpec:

@@ -73,4 +73,4 @@ def use_operand_attention(network: nn.Module) -> None:
 
 def _heads(x: Tensor, heads: int) -> Tensor:
     """(batch, tokens, heads * width) as (batch, heads, tokens, width)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)

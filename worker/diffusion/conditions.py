@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 Seeds = Sequence[int]
+UNSEEN = 1 << 45  # seeds from here on are for evaluation
 NO_CLASS = 1000  # the label that DiT was trained to read as none
 
 
@@ -81,9 +82,13 @@ class GuidedLabels:
 
 @dataclass(frozen=True)
 class GuidedPrompts:
-    """A U-Net with text. prompts: (prompts, tokens, width); nothing: (1, tokens, width), of the empty prompt."""
+    """A U-Net with text. prompts, unseen: of calibration and evaluation, (prompts, tokens, width).
+
+    nothing: of the empty prompt, (1, tokens, width).
+    """
 
     prompts: Tensor
+    unseen: Tensor
     nothing: Tensor
     scale: float
 
@@ -100,7 +105,8 @@ class GuidedPrompts:
         return output
 
     def _of(self, seeds: Seeds) -> Tensor:
-        return self.prompts[[seed % len(self.prompts) for seed in seeds]]
+        tables = [self.unseen if seed >= UNSEEN else self.prompts for seed in seeds]
+        return torch.stack([table[seed % len(table)] for table, seed in zip(tables, seeds, strict=True)])
 
     def inputs(self, seeds: Seeds) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self._of(seeds)}

@@ -57,7 +57,7 @@ def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | 
             raise NonFiniteError(f"the samples of the {name} network hold NaN or infinity")
         samples[name], samples["fp"] = curves[name].final, curves[name].reference
         job.progress.advance(done + 1, len(networks))
-    images = {name: values.clamp(-1, 1).cpu() for name, values in samples.items()}
+    images = {name: job.loaded.images(values) for name, values in samples.items()}
     job.progress.advance(len(networks), len(networks), "comparing samples")
     return Evaluated(curves, images, _quality(job, samples, images), layer_reports(job, made, nearest))
 
@@ -140,7 +140,7 @@ def layer_reports(
     few = noise.of(range(min(PROBED, len(noise.seeds))))
     last = len(job.loaded.steps) - 1
     wanted = {0, last // 2, last}
-    latents = [at for at in trajectory(job.full, job.loaded.steps, few) if at.index in wanted]
+    latents = [at for at in trajectory(job.full, job.loaded.steps, few) if at.step in wanted]
     ours = _errors(job, made.network, latents)
     rounded = _errors(job, nearest, latents) if nearest is not None else {}
     return tuple(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import resource
 import shutil
@@ -9,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -29,7 +31,7 @@ from worker.diffusion.trajectory import trajectory
 from worker.export.files import whole_or_nothing
 from worker.export.manifest import write_manifest
 from worker.export.model_card import write_model_card
-from worker.export.pipeline import Artifact, write_pipeline
+from worker.export.pipeline import Artifact, padded_corrections, write_pipeline
 from worker.export.verify import verify
 from worker.metrics.images import to_bytes
 from worker.progress import Progress
@@ -116,7 +118,7 @@ def _verify(job: DiffusionJob, made: QuantizedDenoiser, workspace: Workspace) ->
     """Reload the artifact as a user would, in a clean process, and compare every step's prediction, and samples."""
     with tempfile.TemporaryDirectory(dir=workspace.artifact) as folder:
         path = Path(folder) / "reference.safetensors"
-        save_file(_reference(job, made), path)
+        save_file(_reference(job, made), path, {"call": json.dumps(_call(job))})
         return verify(workspace.artifact, job.plan.format, path, threads=workspace.threads)
 
 
@@ -124,18 +126,34 @@ def _verify(job: DiffusionJob, made: QuantizedDenoiser, workspace: Workspace) ->
 def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
     """Latents and predictions along the quantized trajectory, computed on the CPU where they are reloaded.
 
-    latents, logits: (steps, samples, C, H, W). eta: ().
+    latents: (steps, samples, C, H, W), as the network is fed them. logits: what it puts out, without guidance.
+    given.*: what it is fed beside latents.
     """
-    torch.nn.Module.to(made.network.unet, torch.device("cpu"))
-    noise = job.reference(REFERENCE)
-    run = trajectory(made.denoiser, job.loaded.steps, noise)
-    latents = [x for index, x in run if index < len(job.loaded.steps)]
-    outputs = [made.denoiser(x, index) for index, x in enumerate(latents)]
-    return {
-        "latents": torch.stack(latents),
-        "logits": torch.stack(outputs),
-        "eta": torch.tensor(job.plan.sampling.eta),
-    }
+    network = torch.nn.Module.to(made.network.unet, torch.device("cpu"))
+    noise, steps = job.reference(REFERENCE), job.loaded.steps
+    inputs = job.loaded.predict.inputs(noise.seeds)
+    corrections = padded_corrections(network, made.corrections)
+    latents, outputs = [], []
+    for index, x, _ in trajectory(made.denoiser, steps, noise):
+        if index == len(steps):
+            break
+        made.network.tell(index)
+        latents.append(steps[index].scale * x)
+        times = torch.full((len(x),), steps[index].timestep)
+        times = times if times.frac().any() else times.long()
+        output = network(latents[-1], timestep=times, **inputs, return_dict=False)[0]
+        gain, shift = corrections[index] if corrections else (torch.ones(1), torch.zeros(1))
+        outputs.append(output * gain[:, None, None] + shift[:, None, None])
+    given = {f"given.{name}": value.contiguous() for name, value in inputs.items()}
+    return {"latents": torch.stack(latents), "logits": torch.stack(outputs), **given}
+
+
+def _call(job: DiffusionJob) -> dict[str, Any]:
+    """How the whole pipeline is called for one sample."""
+    conditions = job.plan.family.conditions
+    if conditions == "class":
+        return {"class_labels": [0]}
+    return {"prompt": "a picture"} if conditions == "text" else {"batch_size": 1}
 
 
 def _report(

@@ -13,22 +13,23 @@ import torch
 
 import quantry
 from quantry.base import SpecError
-from quantry.contract import JobSpec
+from quantry.contract import DatasetRef, JobSpec
 from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
 from quantry.jobs import State
 from worker.calibration.pieces import PieceStore
-from worker.diffusion.pipelines import Loaded, load_pipeline
+from worker.calibration.texts import load_text
+from worker.diffusion.conditions import UNSEEN
+from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.trajectory import SeededNoise
 from worker.diffusion.unet import UNetLayer, layers_of
-from worker.errors import RecipeError
-from worker.models.source import read_pipeline, resolve
+from worker.errors import DatasetError, ModelError, RecipeError
+from worker.models.source import Role, read_pipeline, resolve
 from worker.prepare import device_of
 from worker.progress import Progress
 from worker.workspace import Workspace
 
 SEEDS = 1 << 13  # of calibration, for each seed of a job
-UNSEEN = 1 << 45  # seeds from here on are for evaluation
 
 
 @dataclass
@@ -49,7 +50,7 @@ class DiffusionJob:
 
     @cached_property
     def full(self) -> StepNetwork:
-        return StepNetwork(self.loaded.network, self.loaded.steps)
+        return StepNetwork(self.loaded.network, self.loaded.steps, self.loaded.predict)
 
     def calibration(self) -> SeededNoise:
         first = self.spec.calibration.seed * SEEDS
@@ -88,11 +89,12 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Diffusio
     evaluation = plan.spec.evaluation
     features = resolve(evaluation.features, workspace) if evaluation and evaluation.features else None
     device = device_of(plan.spec, workspace)
-    progress.stage(State.PREPARING, "loading the denoiser")
-    loaded = load_pipeline(folder, plan, device)
-    fingerprint = _fingerprint(plan.spec, folder, device)
+    prompts = _prompts(plan, workspace)
+    progress.stage(State.PREPARING, "loading the pipeline")
+    loaded = load_pipeline(folder, plan, prompts, device)
+    fingerprint = _fingerprint(plan.spec, folder, prompts, device)
     store = PieceStore(workspace.checkpoints, fingerprint)
-    layers = layers_of(loaded.network)
+    layers = _layers(loaded, plan, device)
     job = DiffusionJob(
         plan.spec, plan, folder, loaded, layers, device, store, fingerprint, progress, features
     )
@@ -101,11 +103,43 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Diffusio
     return job
 
 
-def _fingerprint(spec: JobSpec, folder: Path, device: torch.device) -> str:
+def _prompts(plan: DiffusionPlan, workspace: Workspace) -> Prompts:
+    """The lines of the texts that a text-to-image job names. Raises DatasetError for texts without any."""
+    if plan.family.conditions != "text":
+        return Prompts()
+    spec = plan.spec
+    seen = _lines(spec.calibration.dataset, "calibration", workspace)
+    unseen = _lines(spec.evaluation.dataset, "evaluation", workspace) if spec.evaluation else []
+    return Prompts(seen, unseen)
+
+
+def _lines(ref: DatasetRef, role: Role, workspace: Workspace) -> list[str]:
+    text = load_text(ref, role, workspace)
+    lines = [line for document in text.documents for line in document.splitlines() if line.strip()]
+    if not lines:
+        raise DatasetError(f"{role}: {text.name} holds no prompt; put one on each line")
+    return lines
+
+
+def _layers(loaded: Loaded, plan: DiffusionPlan, device: torch.device) -> tuple[UNetLayer, ...]:
+    """The layers that run. Raises ModelError where latents of the config's size do not pass the network."""
+    x = torch.zeros(1, *plan.latent, device=device)
+    try:
+        return layers_of(
+            loaded.network, lambda: loaded.predict(loaded.network, x, loaded.steps[0].timestep, (0,))
+        )
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"latents of {plan.latent} do not pass the denoiser: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _fingerprint(spec: JobSpec, folder: Path, prompts: Prompts, device: torch.device) -> str:
     """A digest of everything that the quantized bytes depend on."""
     digest = hashlib.sha256()
     recipe = spec.model_dump_json(include={"recipe", "calibration", "sampling"})
-    for part in (quantry.__version__, torch.__version__, diffusers.__version__, str(device), recipe):
+    versions = (quantry.__version__, torch.__version__, diffusers.__version__)
+    for part in (*versions, str(device), recipe, *prompts.calibration):
         digest.update(f"{part}\n".encode())
     for file in sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors")):
         digest.update(file.relative_to(folder).as_posix().encode())

@@ -111,10 +111,10 @@ def calibration_latents(job: DiffusionJob) -> Calibration:
     def run(batch: int) -> Calibration:
         parts: list[list[Latents]] = []
         for number, part in enumerate(wanted.batches(batch)):
-            parts.append([at for at in trajectory(job.full, steps, part) if at.index < len(steps)])
+            parts.append([at for at in trajectory(job.full, steps, part) if at.step < len(steps)])
             job.tell(min((number + 1) * batch, len(wanted.seeds)), len(wanted.seeds))
         whole = (
-            Latents(same[0].index, torch.cat([at.x for at in same]), sum((at.seeds for at in same), ()))
+            Latents(same[0].step, torch.cat([at.x for at in same]), sum((at.seeds for at in same), ()))
             for same in zip(*parts, strict=True)
         )
         return choose(whole, counts)

@@ -49,9 +49,9 @@ class SeededNoise:
 
 
 class Latents(NamedTuple):
-    """Latents x (samples, C, H, W) before step `index`, and the seeds of their samples."""
+    """Latents x (samples, C, H, W) before step number `step`, and the seeds of their samples."""
 
-    index: int
+    step: int
     x: Tensor
     seeds: tuple[int, ...] = ()
 
@@ -70,7 +70,7 @@ def bound(denoiser: Denoiser, noise: SeededNoise) -> Denoiser:
 
 @torch.no_grad()
 def trajectory(denoiser: Denoiser, steps: Sequence[Step], noise: SeededNoise) -> Iterator[Latents]:
-    """The latents before every step, and at last the samples, under the index `len(steps)`."""
+    """The latents before every step, and at last the samples, under the number `len(steps)`."""
     run = bound(denoiser, noise)
     x = noise.start()
     yield Latents(0, x, noise.seeds)
@@ -96,7 +96,7 @@ def boundaries(
     kept = []
     for part in noise.batches(batch):
         run = trajectory(denoiser, steps, part)
-        kept.append(torch.stack([at.x for at in run if at.index % group == 0 or at.index == len(steps)]))
+        kept.append(torch.stack([at.x for at in run if at.step % group == 0 or at.step == len(steps)]))
     return torch.cat(kept, dim=1)
 
 

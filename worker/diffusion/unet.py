@@ -1,18 +1,22 @@
-"""What of a UNet2DModel is quantized: its convolutions and linear layers, in the order in which they run."""
+"""What of a denoiser is quantized: its convolutions and linear layers, in the order in which they run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from quantry.diffusion_layers import is_edge, is_time
 from worker.errors import ModelError
 
+_BLOCKS = (ResnetBlock2D, BasicTransformerBlock, Attention)
 Role = Literal["first", "last", "time", "inner"]
 
 
@@ -32,12 +36,12 @@ class UNetLayer:
 
 
 @torch.no_grad()
-def layers_of(unet: Any) -> tuple[UNetLayer, ...]:
+def layers_of(unet: Any, run: Callable[[], object] | None = None) -> tuple[UNetLayer, ...]:
     """The layers that run, in their order; a layer that never runs is left out.
 
-    Runs the network once on zeros. Raises ModelError for a network that is no unconditional UNet2DModel.
+    run: runs the network once; without it a UNet2DModel runs on zeros, and ModelError is raised for anything else.
     """
-    shape = image_shape(unet)
+    run = run or partial(_run_on_zeros, unet)
     layers = {name: m for name, m in unet.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     order: dict[str, None] = {}
     hooks = [
@@ -45,13 +49,17 @@ def layers_of(unet: Any) -> tuple[UNetLayer, ...]:
         for name, layer in layers.items()
     ]
     try:
-        weight = unet.conv_in.weight
-        unet(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device), 0)
+        run()
     finally:
         for hook in hooks:
             hook.remove()
-    splits = dict(_splits(unet))
+    splits = dict(_splits(unet)) if hasattr(unet, "up_blocks") else {}
     return tuple(UNetLayer(name, _role(name), _block(unet, name), splits.get(name)) for name in order)
+
+
+def _run_on_zeros(unet: Any) -> None:
+    shape, weight = image_shape(unet), unet.conv_in.weight
+    unet(torch.zeros(1, *shape, dtype=weight.dtype, device=weight.device), 0)
 
 
 def image_shape(unet: Any) -> tuple[int, int, int]:
@@ -79,10 +87,9 @@ def layer_bits(layers: Iterable[UNetLayer], bits: int, edge_bits: int = 8) -> di
 
 
 def _role(name: str) -> Role:
-    if name in ("conv_in", "conv_out"):
-        return "first" if name == "conv_in" else "last"
-    is_time = name.startswith("time_embedding.") or name.endswith(".time_emb_proj")
-    return "time" if is_time else "inner"
+    if is_edge(name):
+        return "first" if name in ("conv_in", "pos_embed.proj") else "last"
+    return "time" if is_time(name) else "inner"
 
 
 def _block(unet: nn.Module, name: str) -> str:
@@ -90,7 +97,7 @@ def _block(unet: nn.Module, name: str) -> str:
     parts = name.split(".")
     for length in range(1, len(parts)):
         path = ".".join(parts[:length])
-        if path == "time_embedding" or isinstance(unet.get_submodule(path), ResnetBlock2D | Attention):
+        if path == "time_embedding" or isinstance(unet.get_submodule(path), _BLOCKS):
             return path
     return name
 

@@ -111,9 +111,21 @@ def _tensors(artifact: Artifact) -> Iterable[tuple[str, Tensor]]:
                 yield f"{name}{half}.{key}", value.contiguous().cpu()
     for name, value in Operands(quantizers).tensors():
         yield name, value.contiguous().cpu()
-    if artifact.corrections:
-        yield GAIN, torch.stack([c.gain for c in artifact.corrections]).cpu()
-        yield SHIFT, torch.stack([c.shift for c in artifact.corrections]).cpu()
+    corrections = padded_corrections(artifact.network, artifact.corrections)
+    if corrections:
+        yield GAIN, torch.stack([gain for gain, _ in corrections])
+        yield SHIFT, torch.stack([shift for _, shift in corrections])
+
+
+def padded_corrections(network: Any, corrections: Sequence[Correction]) -> list[tuple[Tensor, Tensor]]:
+    """(gain, shift) of each step for all channels of the network's output: a variance beside them is left alone."""
+    channels = network.config.out_channels or 0
+    found = []
+    for correction in corrections:
+        more = max(0, channels - len(correction.gain))
+        gain = torch.cat([correction.gain.cpu(), torch.ones(more)])
+        found.append((gain, torch.cat([correction.shift.cpu(), torch.zeros(more)])))
+    return found
 
 
 def _small(value: Tensor) -> Tensor:

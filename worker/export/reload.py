@@ -20,7 +20,9 @@ def compare(folder: Path, format: str, reference: Path) -> dict[str, Any]:
     torch = importlib.import_module("torch")
     tensors = importlib.import_module("safetensors.torch").load_file(reference)
     if "latents" in tensors:
-        return _compare_pipeline(folder, tensors)
+        with importlib.import_module("safetensors").safe_open(reference, framework="pt") as file:
+            call = json.loads(file.metadata()["call"])
+        return _compare_pipeline(folder, tensors, call)
     images = "pixel_values" in tensors
     model = _load(folder, format, images)
     wanted = tensors["logits"].float()
@@ -53,17 +55,18 @@ def _forwards(model: Any, tensors: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
         yield model(input_ids=ids.unsqueeze(0), use_cache=False).logits[0], logits
 
 
-def _compare_pipeline(folder: Path, tensors: dict[str, Any]) -> dict[str, Any]:
-    """Predictions of a diffusion pipeline at every step (steps, samples, C, H, W), and a whole run of it."""
+def _compare_pipeline(folder: Path, tensors: dict[str, Any], call: dict[str, Any]) -> dict[str, Any]:
+    """What a diffusion pipeline predicts at every step, (steps, samples, C, H, W), and a whole run with `call`."""
     torch = importlib.import_module("torch")
     pipeline = importlib.import_module("quantry").load(folder)
     denoiser = getattr(pipeline, "unet", None) or pipeline.transformer
     wanted = tensors["logits"].double()
     steps = len(wanted)
     pipeline.scheduler.set_timesteps(steps)
+    given = {name.removeprefix("given."): t for name, t in tensors.items() if name.startswith("given.")}
     with torch.no_grad():
         found = [
-            denoiser(latents, time, return_dict=False)[0].double()
+            denoiser(latents, timestep=time.expand(len(latents)), **given, return_dict=False)[0].double()
             for latents, time in zip(tensors["latents"], pipeline.scheduler.timesteps, strict=True)
         ]
     difference = (torch.stack(found) - wanted).abs().max()
@@ -71,9 +74,8 @@ def _compare_pipeline(folder: Path, tensors: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("the reloaded pipeline predicts NaN or infinity")
     rms = wanted.square().mean().sqrt()
     pipeline.set_progress_bar_config(disable=True)
-    pictures = pipeline(
-        batch_size=1, num_inference_steps=steps, generator=torch.Generator().manual_seed(0)
-    ).images
+    generator = torch.Generator().manual_seed(0)
+    pictures = pipeline(**call, num_inference_steps=steps, generator=generator).images
     return {
         "max_abs_difference": float(difference),
         "relative_difference": float(difference / rms),

@@ -24,7 +24,7 @@ STEPS = read_steps(DDIMScheduler(num_train_timesteps=100, clip_sample=False), 4)
 
 def latents_of(network: StepNetwork, first: int, count: int) -> list[Latents]:
     noise = SeededNoise(tuple(range(first, first + count)), image_shape(network.unet), torch.device("cpu"))
-    return [at for at in trajectory(network, STEPS, noise) if at.index < len(STEPS)]
+    return [at for at in trajectory(network, STEPS, noise) if at.step < len(STEPS)]
 
 
 def error(full: StepNetwork, other: StepNetwork, latents: list[Latents]) -> float:

@@ -86,8 +86,8 @@ class Component:
 
 
 def is_pipeline(config: Mapping[str, Any]) -> bool:
-    """Whether this is a model_index.json: configs of single models have a `model_type` or a class, but no parts."""
-    return "_class_name" in config and any(isinstance(value, list | tuple) for value in config.values())
+    """Whether this is a model_index.json, not the config of a single model."""
+    return str(config.get("_class_name", "")).endswith("Pipeline")
 
 
 def pipeline_family_of(index: Mapping[str, Any]) -> PipelineFamily:

@@ -1,16 +1,20 @@
 """Errors of a quantized diffusion model along its trajectory: observed ranges, correctors, AccuQuant over M steps.
 
 usage: python benchmarks/diffusion.py MODEL [--steps 20] [--eta 0] [--widths 4/8 4/6 3/6] [--adaround 0]
-           [--methods min-max mse ptqd tac accuquant exact] [--groups 1 2 5 10] [--samples 64]
-           [--iterations 200] [--batch 16] [--learning-rate 0.003] [--seeds 0] [--evaluation 32]
+           [--methods min-max mse ptqd tac accuquant exact accuquant+ptqd accuquant+tac] [--groups 1 2 5 10]
+           [--samples 64] [--iterations 200] [--batch 16] [--learning-rate 0.003] [--seeds 0] [--evaluation 32]
+           [--features CLASSIFIER]
 
-MODEL is a diffusers folder with a UNet2DModel and a DDPM or DDIM scheduler; it is sampled with DDIM, without
-clipping. Columns: *single*, the squared error of one quantized step from a full-precision latent, mean over the
-steps; *accumulated*, that of the last latent when every step is quantized, mean and median over samples. All are
-means over elements and over seeds that calibration has not seen, in units of 1e-3. Methods: ranges over all that was
-seen (min-max) and of least squared error (mse), for weights and activations; on the latter, correctors of the output
-(ptqd, tac) and AccuQuant with the gradient of the paper (accuquant) and the exact one, a set of step sizes for
-each group. `--adaround N` learns the rounding of weights, but those of min-max, in N iterations a block.
+MODEL is a diffusers folder with a UNet2DModel and a DDPM or DDIM scheduler, sampled with DDIM, without clipping; or a
+consistency model, sampled in one step: of methods, min-max, mse, ptqd and tac then. Columns: *single*, the squared
+error of one quantized step from a full-precision latent, mean over the steps; *accumulated*, that of the last latent
+when every step is quantized, mean and median over samples. All are means over elements and over seeds that
+calibration has not seen, in units of 1e-3. *Frechet*: between quantized and full-precision samples, in the last class
+token of CLASSIFIER. Methods: ranges over all that was seen (min-max) and of least squared error (mse), for weights
+and activations; on the latter, correctors of the output (ptqd, tac) and AccuQuant with the gradient of the paper
+(accuquant) and the exact one, a set of step sizes for each group; accuquant+ptqd and +tac correct its output besides.
+`--adaround N` learns the rounding of weights, but those of min-max, in N iterations a block: `mse` is then
+Q-Diffusion's core.
 Results are kept in .bench/diffusion and not computed again.
 """
 
@@ -25,7 +29,7 @@ import time
 from pathlib import Path
 
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler, UNet2DModel
 
 from worker.diffusion.accuquant import AccuQuant, calibrate
 from worker.diffusion.adaround import AdaRound, reconstruct
@@ -33,13 +37,16 @@ from worker.diffusion.correctors import Rule, corrected, fit_corrections, ptqd, 
 from worker.diffusion.quantizers import StepNetwork, attach_quantizers
 from worker.diffusion.ranges import Clip, fit_quantizers
 from worker.diffusion.steps import Denoiser, Step, read_steps
-from worker.diffusion.trajectory import SeededNoise, boundaries, error_curves, trajectory
+from worker.diffusion.trajectory import Curves, SeededNoise, boundaries, error_curves, trajectory
 from worker.diffusion.unet import UNetLayer, image_shape, layer_bits, layers_of
 from worker.diffusion.weights import UNetWeight, quantize_weight, set_weights
+from worker.metrics.images import class_tokens, frechet_distance
 
 KEPT = Path(".bench/diffusion")
+LATENTS = 80  # that AdaRound learns on, at least
 OBSERVED = 16  # samples that ranges are fitted to
-METHODS = ("min-max", "mse", "ptqd", "tac", "accuquant", "exact")
+GROUPED = ("accuquant", "exact", "accuquant+ptqd", "accuquant+tac")
+METHODS = ("min-max", "mse", "ptqd", "tac", *GROUPED)
 RULES: dict[str, Rule] = {"ptqd": ptqd, "tac": tac}
 UNSEEN = 1 << 20  # seeds from here on are for evaluation
 
@@ -48,12 +55,13 @@ class Bench:
     """One model in full precision, and a quantized copy of it for each setting."""
 
     def __init__(self, options: argparse.Namespace) -> None:
-        pipeline = DDPMPipeline.from_pretrained(options.model)
-        scheduler = DDIMScheduler.from_config(
-            pipeline.scheduler.config, clip_sample=False, thresholding=False
+        self.unet: UNet2DModel = (
+            UNet2DModel.from_pretrained(options.model / "unet", torch_dtype=torch.float32)
+            .eval()
+            .requires_grad_(False)
         )
         self.options = options
-        self.unet: UNet2DModel = pipeline.unet.eval().requires_grad_(False)
+        scheduler = scheduler_of(options.model)
         self.steps: tuple[Step, ...] = read_steps(scheduler, options.steps, eta=options.eta)
         self.layers: tuple[UNetLayer, ...] = layers_of(self.unet)
         self.full = StepNetwork(self.unet, self.steps)
@@ -68,7 +76,8 @@ class Bench:
             return self.known[bits, clip, seed]
         widths = layer_bits(self.layers, bits)
         if self.options.adaround and clip == "mse":
-            latents = list(trajectory(self.full, self.steps, self.noise(seed * 1000, 4)))[:-1]
+            samples = max(4, LATENTS // len(self.steps))
+            latents = list(trajectory(self.full, self.steps, self.noise(seed * 1000, samples)))[:-1]
             copied = StepNetwork(copy.deepcopy(self.unet), self.steps)
             settings = AdaRound(iterations=self.options.adaround, learning_rate=0.03, seed=seed)
             weights, _ = reconstruct(self.full, copied, self.layers, latents, widths, settings)
@@ -106,19 +115,29 @@ class Bench:
         network = self.quantized(widths, group or len(self.steps), clip, seed)
         noise = self.noise(seed * 1000, self.options.samples)
         denoiser: Denoiser = network
-        if method in RULES:
-            fitted = fit_corrections(self.full, network, self.steps, noise, RULES[method])
+        gradient, _, rule = method.partition("+")
+        if group:
+            self.calibrate(network, gradient, group, noise, seed)
+        rule = method if method in RULES else rule
+        if rule:
+            fitted = fit_corrections(self.full, network, self.steps, noise, RULES[rule])
             denoiser = corrected(network, fitted)
-        elif group:
-            self.calibrate(network, method, group, noise, seed)
         spent = time.process_time() - started
         curves = error_curves(self.full, denoiser, self.steps, self.noise(UNSEEN, self.options.evaluation))
         return {
             "single": float(curves.single.mean()),
             "accumulated": float(curves.accumulated[-1].mean()),
             "median": float(curves.accumulated[-1].median()),
+            "frechet": self.frechet(curves),
             "cpu_s": spent,
         }
+
+    def frechet(self, curves: Curves) -> float:
+        """Between the samples; NaN where no classifier is named."""
+        if self.options.features is None:
+            return float("nan")
+        images = torch.cat([curves.final, curves.reference]).clamp(-1, 1)
+        return frechet_distance(*class_tokens(images, self.options.features).chunk(2))
 
     def calibrate(
         self, network: StepNetwork, gradient: str, group: int, noise: SeededNoise, seed: int
@@ -139,6 +158,8 @@ def measure(bench: Bench, widths: str, method: str, group: int, seed: int) -> di
     setting = f"{o.model.name} {o.steps} {o.eta} {widths} {o.adaround} {method} {group} {seed} {o.evaluation}"
     if method not in ("min-max", "mse"):
         setting += f" {o.samples}"
+    if bench.options.features is not None:
+        setting += f" {bench.options.features.name}"
     if group:
         setting += f" {o.iterations}x{o.batch} {o.learning_rate}"
     file = KEPT / (setting.replace("/", "_").replace(" ", "-") + ".json")
@@ -149,6 +170,14 @@ def measure(bench: Bench, widths: str, method: str, group: int, seed: int) -> di
     KEPT.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(values))
     return values
+
+
+def scheduler_of(model: Path) -> DDIMScheduler | CMStochasticIterativeScheduler:
+    """The checkpoint's if it is a consistency model's, else DDIM's without clipping."""
+    config = DDPMScheduler.load_config(model / "scheduler")
+    if config["_class_name"] == "CMStochasticIterativeScheduler":
+        return CMStochasticIterativeScheduler.from_config(config)
+    return DDIMScheduler.from_config(config, clip_sample=False, thresholding=False)
 
 
 def cell(values: list[float]) -> str:
@@ -176,18 +205,20 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--evaluation", type=int, default=32, help="seeds")
+    parser.add_argument("--features", type=Path, help="an image classifier with a class token")
     options = parser.parse_args()
     bench = Bench(options)
     print(f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    print("| W/A | method | M | single | accumulated | its median | CPU s |")
-    print("| --- " * 7 + "|", flush=True)
+    print("| W/A | method | M | single | accumulated | its median | Frechet | CPU s |")
+    print("| --- " * 8 + "|", flush=True)
     for widths in options.widths:
         for method in options.methods:
-            for group in options.groups if method in ("accuquant", "exact") else [0]:
+            for group in options.groups if method in GROUPED else [0]:
                 runs = [measure(bench, widths, method, group, seed) for seed in options.seeds]
                 errors = [cell([run[key] for run in runs]) for key in ("single", "accumulated", "median")]
                 seconds = f"{statistics.mean(run['cpu_s'] for run in runs):.0f}"
-                row = [widths, method, str(group or "all"), *errors, seconds]
+                distance = cell([run["frechet"] / 1000 for run in runs])
+                row = [widths, method, str(group or "all"), *errors, distance, seconds]
                 print("| " + " | ".join(row) + " |", flush=True)
 
 

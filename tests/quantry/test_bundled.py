@@ -46,7 +46,8 @@ def word_runs(text: str, length: int) -> set[tuple[str, ...]]:
 
 def test_unknown_names_say_what_there_is() -> None:
     with pytest.raises(
-        NotBundledError, match=r"no bundled model 'bundled/gpt'; there is bundled/opt-tiny, bundled/vit-tiny"
+        NotBundledError,
+        match=r"no bundled model 'bundled/gpt'; there is bundled/ddpm-tiny, bundled/opt-tiny, bundled/vit-tiny",
     ):
         bundled_model("bundled/gpt")
     with pytest.raises(KeyError, match="no bundled text 'bundled/wiki'; there is bundled/pydoc"):

@@ -166,12 +166,12 @@ def calibrate(
         kept = pieces.load(number) if pieces is not None else None
         if kept is not None:
             found = _restore(network, *kept)
+            tell(before + len(members) * options.iterations, total)
         else:
             found = train(network, members, noise, options, lambda done, n=before: tell(n + done, total))  # type: ignore[misc]
             if pieces is not None:
                 pieces.save(number, _tables(network), found)
         results += found
-        tell(before + len(members) * options.iterations, total)
         if progressive:
             reached = _arrive(network, members[0], noise, options.batch)
     return results

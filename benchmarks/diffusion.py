@@ -56,9 +56,7 @@ class Bench:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.unet: UNet2DModel = (
-            UNet2DModel.from_pretrained(options.model / "unet", torch_dtype=torch.float32)
-            .eval()
-            .requires_grad_(False)
+            UNet2DModel.from_pretrained(options.model / "unet").float().eval().requires_grad_(False)
         )
         self.options = options
         scheduler = scheduler_of(options.model)

@@ -43,6 +43,11 @@ class PipelineFamily:
     decoder: str | None = None
     one_step: bool = False
 
+    @property
+    def transformer(self) -> bool:
+        """Whether the denoiser's blocks are a transformer's."""
+        return self.denoiser == "transformer"
+
 
 PIPELINES: dict[str, PipelineFamily] = {
     family.name: family

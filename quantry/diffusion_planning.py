@@ -9,15 +9,24 @@ from typing import Any
 from quantry.base import Metric, SpecError
 from quantry.contract import Evaluation, JobSpec, ModelRef
 from quantry.diffusion import Component, PipelineFamily, pipeline_family_of
-from quantry.diffusion_layers import is_edge, latent_shape, positions, quantized_layers
+from quantry.diffusion_layers import is_edge, is_time, latent_shape, positions, quantized_layers
 from quantry.headers import TensorInfo
-from quantry.recipe import AccuquantStep, AdaroundStep, BiasCompensationStep, RtnStep, UniformStep
+from quantry.recipe import (
+    AccuquantStep,
+    AdaroundStep,
+    BiasCompensationStep,
+    RtnStep,
+    SvdquantStep,
+    UniformStep,
+    dividing_group_sizes,
+)
 from quantry.reports import Estimate, LayerPlan
 from quantry.sampling import Sampling
 
 DIFFUSION_METHODS = (
     "rtn",
     "adaround",
+    "svdquant",
     "uniform",
     "accuquant",
     "softmax_bias",
@@ -77,13 +86,14 @@ def plan_diffusion(
     denoiser = components[family.denoiser]
     if denoiser.config.get("quantization_config"):
         raise SpecError("model", "the denoiser is already quantized; give the full-precision one")
-    _check_recipe(spec)
+    _check_recipe(spec, family)
     latent = latent_shape(denoiser.config)
     _check_network(family, denoiser.config)
     sampling = _sampling(spec, family, components["scheduler"].config)
     group = _group(spec, sampling, family)
     resolved = _resolve(spec, sampling, family)
     layers = quantized_layers(denoiser.tensors)
+    _check_groups(resolved, layers)
     bits = sum(_layer_bits(resolved, name, info) for name, info in layers.items())
     weights = sum(info.numel for info in layers.values())
     kept = denoiser.nbytes - sum(info.nbytes for info in layers.values())
@@ -130,12 +140,12 @@ def estimate_diffusion(plan: DiffusionPlan, *, threads: int, cuda: bool) -> Esti
     )
 
 
-def edge_bits(step: RtnStep | AdaroundStep | UniformStep) -> int:
+def edge_bits(step: RtnStep | AdaroundStep | SvdquantStep | UniformStep) -> int:
     """Bits of the layers that read and write the latent."""
     return EDGE_BITS if step.edge_bits is None else step.edge_bits
 
 
-def _check_recipe(spec: JobSpec) -> None:
+def _check_recipe(spec: JobSpec, family: PipelineFamily) -> None:
     """That every step can work on a denoiser. Raises SpecError."""
     for index, step in enumerate(spec.recipe):
         path = f"recipe.{index}"
@@ -158,7 +168,13 @@ def _check_recipe(spec: JobSpec) -> None:
             if step.clip == "percentile":
                 raise SpecError(f"{path}.clip", "denoisers take `none` or `mse`")
         if isinstance(step, UniformStep):
-            _check_uniform(path, step)
+            _check_uniform(path, step, family)
+        if isinstance(step, AccuquantStep) and getattr(spec.activation_step, "granularity", "") == "token":
+            raise SpecError(
+                path, "grids of tokens are found as they run and have nothing to train: leave it out"
+            )
+        if isinstance(step, SvdquantStep) and not family.transformer:
+            raise SpecError(path, f"`svdquant` is for transformers; the denoiser is a {family.architecture}")
         if isinstance(step, BiasCompensationStep) and step.granularity != "channel":
             raise SpecError(
                 f"{path}.granularity", "a bias per position is not made for denoisers: use `channel`"
@@ -174,10 +190,30 @@ def _check_recipe(spec: JobSpec) -> None:
         raise SpecError("compute_dtype", "denoisers run in float32: leave it out")
 
 
-def _check_uniform(path: str, step: UniformStep) -> None:
+def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:
+    """That the groups of a low-rank branch's residual divide the layers that have one. Raises SpecError."""
+    step = spec.weight_step
+    if not isinstance(step, SvdquantStep) or step.group_size is None:
+        return
+    for name, info in layers.items():
+        if (
+            len(info.shape) == 2
+            and not is_edge(name)
+            and not is_time(name)
+            and info.shape[1] % step.group_size
+        ):
+            sizes = ", ".join(map(str, dividing_group_sizes(info.shape[1]))) or "no usual size"
+            raise SpecError(
+                "recipe.0.group_size",
+                f"{step.group_size} does not divide the {info.shape[1]} columns of {name}; {sizes} would, and null "
+                "gives one scale a row",
+            )
+
+
+def _check_uniform(path: str, step: UniformStep, family: PipelineFamily) -> None:
     if step.range == "percentile":
         raise SpecError(f"{path}.range", "denoisers take `min_max` or `mse`")
-    if step.granularity != "tensor":
+    if step.granularity != "tensor" and not family.transformer:
         raise SpecError(f"{path}.granularity", "grids of a U-Net are static, per tensor: use `tensor`")
     if step.softmax_bits is not None:
         raise SpecError(f"{path}.softmax_bits", "the softmax of a U-Net stays in float: leave it out")
@@ -331,9 +367,18 @@ def _evaluation(spec: JobSpec) -> Evaluation | None:
 def _layer_bits(spec: JobSpec, name: str, info: TensorInfo) -> int:
     """Bits of codes, float16 scales and zero-points; the second grid of a concatenated input is not counted."""
     step = spec.weight_step
-    assert isinstance(step, RtnStep | AdaroundStep)
-    bits = edge_bits(step) if is_edge(name) else step.bits
-    return bits * info.numel + (16 if step.symmetric else 16 + bits) * info.shape[0]
+    assert isinstance(step, RtnStep | AdaroundStep | SvdquantStep)
+    low_rank = (
+        isinstance(step, SvdquantStep) and len(info.shape) == 2 and not is_time(name) and not is_edge(name)
+    )
+    narrow = low_rank or not (is_edge(name) or isinstance(step, SvdquantStep))
+    bits = step.bits if narrow else edge_bits(step)
+    groups = info.shape[1] // step.group_size if low_rank and step.group_size else 1
+    stored = bits * info.numel + (16 if step.symmetric else 16 + bits) * info.shape[0] * groups
+    if isinstance(step, SvdquantStep) and low_rank:
+        rank = min(step.rank, *info.shape)
+        stored += 16 * rank * sum(info.shape) + 32 * info.shape[1]
+    return stored
 
 
 def _peak_memory(plan: DiffusionPlan) -> int:

@@ -2,9 +2,9 @@
 
 The folder is one of diffusers without the denoiser's weights file: they lie packed in quantization.safetensors, beside
 every quantizer's tables; quantization.json says what is where:
-    format_version, component, layers {name: {bits, symmetric, scale_dtype, bias, split}}, activations {operand:
-    description of its quantizer}, corrected (whether predictions are), sampling {scheduler, steps, eta, timesteps,
-    settings}, producer, base_model, recipe.
+    format_version, component, layers {name: {bits, symmetric, scale_dtype, bias, split, group_size, rank}},
+    activations {operand: description of its quantizer}, corrected (whether predictions are), sampling {scheduler,
+    steps, eta, timesteps, settings}, producer, base_model, recipe.
 diffusers has no hook for a quantization of others, so `quantry.load(folder)` is the way in.
 """
 
@@ -24,6 +24,7 @@ from quantry.checkpoint_errors import CheckpointError
 from quantry.diffusion import SIDECAR
 from quantry.layers.conv import QuantizedConv2d, SplitConv2d
 from quantry.layers.linear import LinearFormat, QuantizedLinear
+from quantry.layers.low_rank import LowRankLinear
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import from_description
 from quantry.quantizers.steps import StepDependent
@@ -149,9 +150,12 @@ def _is_kept(key: str) -> bool:
 
 def _packed(dense: nn.Module, entry: Mapping[str, Any]) -> nn.Module:
     """A packed layer, still empty, for a dense one. Raises ValueError."""
+    group = entry.get("group_size")
     form = LinearFormat(
-        entry["bits"], None, entry["symmetric"], _SCALE_DTYPES[entry["scale_dtype"]], entry["bias"]
+        entry["bits"], group, entry["symmetric"], _SCALE_DTYPES[entry["scale_dtype"]], entry["bias"]
     )
+    if isinstance(dense, nn.Linear) and entry.get("rank"):
+        return LowRankLinear(dense.in_features, dense.out_features, form, entry["rank"])
     if isinstance(dense, nn.Conv2d):
         split = entry.get("split")
         return SplitConv2d(dense, form, (split[0], split[1])) if split else QuantizedConv2d(dense, form)

@@ -65,6 +65,17 @@ class AdaroundStep(WeightGrid):
     learning_rate: float = Field(0.01, gt=0, le=1)
 
 
+class SvdquantStep(WeightGrid):
+    """SVDQuant (Li et al. 2025, arXiv:2411.05007): smoothing, a low-rank branch in 16 bits, the rest on a grid."""
+
+    method: Literal["svdquant"] = "svdquant"
+    group_size: int | None = Field(
+        64, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
+    )
+    edge_bits: Bits | None = EDGE_BITS
+    rank: int = Field(32, ge=1, le=1024, description="singular directions that stay in 16 bits")
+
+
 class GptqStep(WeightGrid):
     """GPTQ (Frantar et al. 2022, arXiv:2210.17323), with the improvements that methods since then agree on."""
 
@@ -227,11 +238,11 @@ class NoiseCorrectionStep(Model):
     )
 
 
-WeightStep = RtnStep | GptqStep | AdaroundStep
+WeightStep = RtnStep | GptqStep | AdaroundStep | SvdquantStep
 ActivationStep = UniformStep | Ptq4vitStep | RepqStep | AdalogStep | IgqStep | SmoothquantStep
 CorrectionStep = BiasCompensationStep | SoftmaxBiasStep | AccuquantStep | NoiseCorrectionStep
 Step = Annotated[WeightStep | ActivationStep | CorrectionStep, Field(discriminator="method")]
-WEIGHT_METHODS = ("rtn", "gptq", "adaround")
+WEIGHT_METHODS = ("rtn", "gptq", "adaround", "svdquant")
 ACTIVATION_METHODS = ("uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant")
 CORRECTION_METHODS = ("bias_compensation", "softmax_bias", "accuquant", "noise_correction")
 
@@ -244,7 +255,8 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(
             "recipe.0",
-            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn`, `gptq` or `adaround` before it",
+            f"`{recipe[0].method}` comes after the weights are quantized: put `rtn` or `gptq` before it, of diffusion "
+            "pipelines `rtn` or `adaround`",
         )
     seen: list[str] = []
     for index, step in enumerate(recipe):

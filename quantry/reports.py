@@ -131,7 +131,7 @@ class TrajectoryReport(Model):
 
     scheduler: str
     eta: float
-    timesteps: tuple[int, ...]
+    timesteps: tuple[int | float, ...]
     samples: int
     single: tuple[float, ...]
     accumulated: tuple[float, ...]

@@ -57,6 +57,7 @@ METHODS = {
     "rtn": MethodName("RTN"),
     "gptq": MethodName("GPTQ", "Frantar et al. 2022", "2210.17323"),
     "adaround": MethodName("AdaRound", "Nagel et al. 2020", "2004.10568"),
+    "svdquant": MethodName("SVDQuant", "Li et al. 2025", "2411.05007"),
     "uniform": MethodName("uniform activations"),
     "ptq4vit": MethodName("PTQ4ViT", "Yuan et al. 2022", "2111.12293"),
     "repq": MethodName("RepQ-ViT", "Li et al. 2023", "2212.08254"),

@@ -31,6 +31,7 @@ from quantry.recipe import (
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
+    SvdquantStep,
     UniformStep,
 )
 from quantry.vision import VISION_FAMILIES
@@ -65,6 +66,9 @@ _ENTRIES = {
         AdaroundStep,
         "AdaRound: learn for each weight whether it is rounded down or up, block by block",
         "heavy",
+    ),
+    "svdquant": Entry(
+        SvdquantStep, "SVDQuant: smoothing, a low-rank branch in 16 bits, the rest on a grid", "medium"
     ),
     "uniform": Entry(
         UniformStep, "Uniform activations: one evenly spaced grid a tensor, or one a token", "light"

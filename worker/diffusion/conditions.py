@@ -34,7 +34,7 @@ class Unconditional:
     """The network's output as it is."""
 
     def __call__(self, network: Any, x: Tensor, timestep: float, seeds: Seeds) -> Tensor:
-        output: Tensor = network(x, timestep, return_dict=False)[0]
+        output: Tensor = network(x, _time(timestep, x), return_dict=False)[0]
         return output
 
     def inputs(self, seeds: Seeds) -> dict[str, Tensor]:
@@ -49,7 +49,7 @@ class Labelled:
 
     def __call__(self, network: Any, x: Tensor, timestep: float, seeds: Seeds) -> Tensor:
         labels = _labels(seeds, self.classes, x)
-        output: Tensor = network(x, timestep, class_labels=labels, return_dict=False)[0]
+        output: Tensor = network(x, _time(timestep, x), class_labels=labels, return_dict=False)[0]
         return output
 
     def inputs(self, seeds: Seeds) -> dict[str, Tensor]:
@@ -110,6 +110,11 @@ class GuidedPrompts:
 
     def inputs(self, seeds: Seeds) -> dict[str, Tensor]:
         return {"encoder_hidden_states": self._of(seeds)}
+
+
+def _time(timestep: float, x: Tensor) -> int | Tensor:
+    """A timestep as networks take it: they would cut a fraction that is no tensor off."""
+    return timestep if isinstance(timestep, int) else torch.full((len(x),), timestep, device=x.device)
 
 
 def _labels(seeds: Seeds, classes: int, x: Tensor) -> Tensor:

@@ -146,7 +146,7 @@ def layer_reports(
     return tuple(
         LayerReport(
             name=layer.name,
-            bits=made.weights[layer.name].parts[0].bits,
+            bits=made.bits(layer.name),
             group_size=None,
             relative_mse=ours[layer.name].relative,
             relative_mse_rtn=rounded[layer.name].relative if rounded else None,

@@ -104,6 +104,7 @@ def _artifact(job: DiffusionJob, made: QuantizedDenoiser) -> Artifact:
         component=job.plan.family.denoiser,
         network=made.network.unet,
         weights=made.weights,
+        low_rank=made.low_rank,
         splits={layer.name: layer.split for layer in job.layers},
         scheduler=job.loaded.scheduler,
         steps=job.loaded.steps,
@@ -140,7 +141,6 @@ def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
         made.network.tell(index)
         latents.append(steps[index].scale * x)
         times = torch.full((len(x),), steps[index].timestep)
-        times = times if times.frac().any() else times.long()
         output = network(latents[-1], timestep=times, **inputs, return_dict=False)[0]
         gain, shift = corrections[index] if corrections else (torch.ones(1), torch.zeros(1))
         outputs.append(output * gain[:, None, None] + shift[:, None, None])
@@ -199,12 +199,13 @@ def _pictures(found: Evaluated, target: Path) -> dict[str, str]:
 
 def _size(job: DiffusionJob, made: QuantizedDenoiser, artifact: Path) -> SizeReport:
     """Of the denoiser; what is copied is not counted."""
-    bits = sum(weight.storage_bits() for weight in made.weights.values())
-    weights = sum(part.codes.numel() for weight in made.weights.values() for part in weight.parts)
+    stored = [*made.weights.values(), *made.low_rank.values()]
+    parts = [part for weight in made.weights.values() for part in weight.parts]
+    weights = sum(part.codes.numel() for part in (*parts, *(low.weight for low in made.low_rank.values())))
     return SizeReport(
         fp_bytes=job.plan.fp_bytes,
         quantized_bytes=(artifact / TENSORS).stat().st_size,
-        effective_bits=bits / weights,
+        effective_bits=sum(weight.storage_bits() for weight in stored) / weights,
         quantized_weights=weights,
     )
 

@@ -61,12 +61,15 @@ def load_pipeline(folder: Path, plan: DiffusionPlan, prompts: Prompts, device: t
                 f"{family.denoiser}: {name} holds NaN or infinity: the checkpoint is damaged"
             )
     pipeline = _pipeline(folder, plan, network)
+    for module in pipeline.components.values():
+        if isinstance(module, torch.nn.Module):
+            module.float()
     scheduler = type(pipeline.scheduler).from_config(
         pipeline.scheduler.config
     )  # pipelines change their settings
     decoder = getattr(pipeline, family.decoder) if family.decoder else None
     for module in (network, decoder):
-        if module is not None:
+        if isinstance(module, torch.nn.Module):
             torch.nn.Module.to(
                 module.eval().requires_grad_(False), device
             )  # that of diffusers warns, even of nothing
@@ -92,9 +95,7 @@ def _pipeline(folder: Path, plan: DiffusionPlan, network: Any) -> Any:
     if "safety_checker" in plan.family.others:  # it looks at images, which are looked at here by figures
         parts |= {"safety_checker": None, "requires_safety_checker": False}
     try:
-        return kind.from_pretrained(
-            folder, **parts, torch_dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
+        return kind.from_pretrained(folder, **parts, use_safetensors=True, local_files_only=True)
     except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder.name} does not load: {str(error).splitlines()[0]}") from error
 
@@ -133,7 +134,6 @@ def _network(folder: Path, architecture: str) -> Any:
     try:
         network, info = kind.from_pretrained(
             folder,
-            torch_dtype=torch.float32,
             use_safetensors=True,
             local_files_only=True,
             low_cpu_mem_usage=False,
@@ -145,4 +145,4 @@ def _network(folder: Path, architecture: str) -> Any:
         if info[kind_of]:
             names = sorted(map(str, info[kind_of]))
             raise ModelError(f"{folder.name}: {kind_of.replace('_', ' ')}, such as {names[0]}")
-    return network.eval().requires_grad_(False)
+    return network.float().eval().requires_grad_(False)

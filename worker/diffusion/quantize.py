@@ -8,10 +8,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 
 from quantry.diffusion_planning import edge_bits
 from quantry.jobs import State
+from quantry.layers.low_rank import LowRankLinear
 from quantry.layers.operands import attach
+from quantry.quantizers.activation import TokenQuantizer
 from quantry.recipe import (
     AccuquantStep,
     AdaroundStep,
@@ -20,6 +23,7 @@ from quantry.recipe import (
     RtnStep,
     SoftmaxBiasStep,
     Step,
+    SvdquantStep,
     UniformStep,
     WeightStep,
 )
@@ -35,9 +39,10 @@ from worker.diffusion.quantizers import StepNetwork, StepQuantizer, attach_quant
 from worker.diffusion.ranges import fit_quantizers
 from worker.diffusion.softmax import correct_softmax
 from worker.diffusion.steps import Denoiser
+from worker.diffusion.svdquant import LowRank, fit_low_rank, layer_inputs
 from worker.diffusion.timesteps import allocate, choose, middle_features
 from worker.diffusion.trajectory import Latents, boundaries, trajectory
-from worker.diffusion.unet import layer_bits
+from worker.diffusion.unet import UNetLayer, layer_bits
 from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
 
 LATENTS = 128  # that ranges are fitted to, where no weight step asks for another number
@@ -51,15 +56,22 @@ Calibration = Sequence[Latents]
 class QuantizedDenoiser:
     """What a recipe makes of the denoiser.
 
-    network: weights and activations on their grids. weights: by layer. groups: of AccuQuant. corrections: of each step,
-    or none. operands: what is reported of softmax.
+    network: weights and activations on their grids. weights, low_rank: by layer, each in one of them. groups: of
+    AccuQuant. corrections: of each step, or none. operands: what is reported of softmax.
     """
 
     network: StepNetwork
     weights: dict[str, UNetWeight]
+    low_rank: dict[str, LowRank] = field(default_factory=dict)
     groups: list[GroupResult] = field(default_factory=list)
     corrections: list[Correction] = field(default_factory=list)
     operands: list[OperandReport] = field(default_factory=list)
+
+    def bits(self, layer: str) -> int:
+        """Of the layer's codes."""
+        return (
+            self.low_rank[layer].weight.bits if layer in self.low_rank else self.weights[layer].parts[0].bits
+        )
 
     @property
     def denoiser(self) -> Denoiser:
@@ -77,6 +89,8 @@ def quantize(job: DiffusionJob, latents: Calibration) -> QuantizedDenoiser:
     """Run the recipe. Raises CalibrationError and its kinds, OutOfMemory."""
     weights = _weights(job, latents)
     made = QuantizedDenoiser(_with_weights(job, weights), weights)
+    if isinstance(job.spec.weight_step, SvdquantStep):
+        made.low_rank = _low_rank(job, made.network, latents, job.spec.weight_step)
     for step in job.spec.recipe:
         if type(step) in _STEPS:
             _STEPS[type(step)](job, made, step, latents)
@@ -87,7 +101,7 @@ def quantize(job: DiffusionJob, latents: Calibration) -> QuantizedDenoiser:
 def round_to_nearest(job: DiffusionJob, latents: Calibration) -> StepNetwork:
     """The baseline: the same bits without any method, whole ranges, one grid for all steps."""
     step = job.spec.weight_step
-    weights = _rounded(job, "none", symmetric=step.symmetric)
+    weights = _rounded(job, "none", _weight_bits(job, step), symmetric=step.symmetric)
     network = _with_weights(job, weights)
     activation = job.spec.activation_step
     if isinstance(activation, UniformStep):
@@ -125,9 +139,11 @@ def calibration_latents(job: DiffusionJob) -> Calibration:
 def _weights(job: DiffusionJob, latents: Calibration) -> dict[str, UNetWeight]:
     step = job.spec.weight_step
     job.progress.stage(State.QUANTIZING, "rounding weights")
+    if isinstance(step, SvdquantStep):
+        wide = {layer.name: edge_bits(step) for layer in job.layers if not _is_inner_linear(job, layer)}
+        return _rounded(job, "mse", wide, symmetric=step.symmetric)
     if not isinstance(step, AdaroundStep):
-        assert isinstance(step, RtnStep)
-        return _rounded(job, _clip(step), symmetric=step.symmetric)
+        return _rounded(job, _clip(step), _weight_bits(job, step), symmetric=step.symmetric)
 
     def done(result: BlockResult) -> None:
         job.progress.event(
@@ -153,8 +169,32 @@ def _weights(job: DiffusionJob, latents: Calibration) -> dict[str, UNetWeight]:
     return halving(run, step.batch, "recipe.0.batch (adaround)", job.warn)
 
 
-def _rounded(job: DiffusionJob, clip: Clip, *, symmetric: bool) -> dict[str, UNetWeight]:
-    bits = _weight_bits(job, job.spec.weight_step)
+def _is_inner_linear(job: DiffusionJob, layer: UNetLayer) -> bool:
+    """Whether a low-rank branch pays: not for convolutions, the edges, and what sees the timestep alone."""
+    return layer.role == "inner" and isinstance(job.loaded.network.get_submodule(layer.name), nn.Linear)
+
+
+def _low_rank(
+    job: DiffusionJob, network: StepNetwork, latents: Calibration, step: SvdquantStep
+) -> dict[str, LowRank]:
+    """Put layers of two branches in place of the linear layers of `network`."""
+    names = [layer.name for layer in job.layers if _is_inner_linear(job, layer)]
+    activation = job.spec.activation_step
+    token = TokenQuantizer(activation.bits) if isinstance(activation, UniformStep) else None
+    inputs = layer_inputs(job.full, names, latents)
+    found = {}
+    for done, name in enumerate(names):
+        dense = job.loaded.network.get_submodule(name)
+        found[name] = fit_low_rank(dense.weight, inputs[name], step, token)
+        network.unet.set_submodule(name, found[name].layer(dense.bias))
+        job.tell(done + 1, len(names))
+    return found
+
+
+def _rounded(
+    job: DiffusionJob, clip: Clip, bits: Mapping[str, int], *, symmetric: bool
+) -> dict[str, UNetWeight]:
+    """The layers that `bits` names, rounded to nearest."""
     return {
         layer.name: quantize_weight(
             job.loaded.network.get_submodule(layer.name).weight,
@@ -164,11 +204,12 @@ def _rounded(job: DiffusionJob, clip: Clip, *, symmetric: bool) -> dict[str, UNe
             symmetric=symmetric,
         )
         for layer in job.layers
+        if layer.name in bits
     }
 
 
 def _weight_bits(job: DiffusionJob, step: WeightStep) -> dict[str, int]:
-    assert isinstance(step, RtnStep | AdaroundStep)
+    assert isinstance(step, RtnStep | AdaroundStep | SvdquantStep)
     return layer_bits(job.layers, step.bits, edge_bits(step))
 
 
@@ -185,15 +226,33 @@ def _with_weights(job: DiffusionJob, weights: Mapping[str, UNetWeight]) -> StepN
 def _attach_ranges(
     job: DiffusionJob, network: StepNetwork, step: UniformStep, latents: Calibration, clip: Clip, group: int
 ) -> None:
+    layers = job.layers
+    if step.granularity == "token":
+        layers = _attach_tokens(job, network, step)
     quantizers = fit_quantizers(
         network,
-        job.layers,
+        layers,
         lambda: latents,
         bits=layer_bits(job.layers, step.bits, edge_bits(step)),
         steps_per_row=group,
         clip=clip,
     )
     attach_quantizers(network.unet, quantizers)
+
+
+def _attach_tokens(job: DiffusionJob, network: StepNetwork, step: UniformStep) -> tuple[UNetLayer, ...]:
+    """A grid for each token, found when it runs, before every linear layer; returns the layers that are left."""
+    left = []
+    for layer in job.layers:
+        module = network.unet.get_submodule(layer.name)
+        bits = step.bits if layer.role == "inner" else edge_bits(step)
+        if isinstance(module, LowRankLinear):
+            attach(network.unet, f"{layer.name}.residual.input", TokenQuantizer(bits))
+        elif isinstance(module, nn.Linear):
+            attach(network.unet, f"{layer.name}.input", TokenQuantizer(bits))
+        else:
+            left.append(layer)
+    return tuple(left)
 
 
 def _uniform(job: DiffusionJob, made: QuantizedDenoiser, step: UniformStep, latents: Calibration) -> None:

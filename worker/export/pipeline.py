@@ -26,6 +26,7 @@ from quantry.quantizers.activation import ActivationQuantizer
 from quantry.recipe import Step
 from worker.diffusion.correctors import Correction
 from worker.diffusion.steps import Step as SamplingStep
+from worker.diffusion.svdquant import LowRank
 from worker.diffusion.weights import UNetWeight
 from worker.errors import ExportError
 from worker.export.files import sync_folder, whole_or_nothing, write_bytes, write_json
@@ -39,7 +40,8 @@ _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".py", ".h5", 
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is written. network: dense, on its grids, with frozen quantizers. weights: by layer.
+    """What is written. network: on its grids, with frozen quantizers, dense but for layers of two branches.
+    weights, low_rank: by layer.
 
     component: its name in the pipeline. scheduler: as it samples. corrections: of each step, or none.
     """
@@ -47,6 +49,7 @@ class Artifact:
     component: str
     network: Any
     weights: Mapping[str, UNetWeight]
+    low_rank: Mapping[str, LowRank]
     splits: Mapping[str, tuple[int, int] | None]
     scheduler: Any
     steps: Sequence[SamplingStep]
@@ -155,6 +158,15 @@ def _sidecar(artifact: Artifact) -> dict[str, Any]:
             "scale_dtype": _SCALES[part.scale.dtype],
             "bias": getattr(artifact.network.get_submodule(name), "bias", None) is not None,
             **({"split": list(split)} if split else {}),
+        }
+    for name, low in artifact.low_rank.items():
+        layers[name] = {
+            "bits": low.weight.bits,
+            "symmetric": low.weight.symmetric,
+            "scale_dtype": _SCALES[low.weight.scale.dtype],
+            "bias": artifact.network.get_submodule(name).residual.bias is not None,
+            "group_size": low.weight.group_size,
+            "rank": len(low.down),
         }
     scheduler = artifact.scheduler
     return {

@@ -13,12 +13,17 @@ from diffusers import CMStochasticIterativeScheduler, DiTPipeline, StableDiffusi
 
 from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
+from quantry.layers.operands import attach
+from quantry.quantizers.activation import TokenQuantizer
+from quantry.recipe import RtnStep, SvdquantStep
 from quantry.reports import Report
 from worker.diffusion.conditions import UNSEEN, GuidedLabels, GuidedPrompts
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import read_steps
+from worker.diffusion.svdquant import fit_low_rank
 from worker.diffusion.trajectory import SeededNoise, sample
 from worker.errors import RecipeError
+from worker.methods.rtn import rtn
 from worker.pipeline import run
 from worker.progress import Progress
 from worker.workspace import Workspace
@@ -90,14 +95,13 @@ def test_a_consistency_model_is_quantized_for_its_one_step(tmp_path: Path) -> No
 
 
 def test_a_consistency_model_samples_as_diffusers_does(tmp_path: Path) -> None:
-    folder = pipelines.write_consistency(tmp_path / "model")
+    folder = pipelines.write_consistency(tmp_path / "model", in_channels=3, out_channels=3)
     pipeline = pipelines.ConsistencyModelPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    z = SeededNoise((0, 1), (1, 8, 8), CPU)
+    z = SeededNoise((0, 1), (3, 8, 8), CPU)
     steps = read_steps(CMStochasticIterativeScheduler(), 1)
     found = sample(StepNetwork(pipeline.unet.requires_grad_(False), steps), steps, z)
-    start = z.start() * pipeline.scheduler.init_noise_sigma
-    wanted = pipeline(batch_size=2, num_inference_steps=1, latents=start, output_type="np").images
+    wanted = pipeline(batch_size=2, num_inference_steps=1, latents=z.start(), output_type="np").images
     shown = (found / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1)
     torch.testing.assert_close(shown, torch.from_numpy(wanted), rtol=1e-4, atol=1e-5)
 
@@ -137,3 +141,39 @@ def test_labels_are_guided_as_diffusers_does(tmp_path: Path) -> None:
     with torch.no_grad():
         found = pipeline.vae.decode(x / pipeline.vae.config.scaling_factor).sample
     torch.testing.assert_close((found / 2 + 0.5).clamp(0, 1), wanted, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_the_low_rank_branch_takes_what_rounding_would_lose(bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(24, 32, generator=generator) * 0.1
+    weight += 3 * torch.randn(24, 2, generator=generator) @ torch.randn(2, 32, generator=generator)
+    x = torch.randn(64, 32, generator=generator)
+    x[:, 5] *= 40  # an outlier channel
+    step = SvdquantStep(bits=bits, group_size=16, rank=4)  # type: ignore[arg-type]
+    token = TokenQuantizer(bits)
+    found = fit_low_rank(weight, x, step, token)
+    layer = found.layer(torch.arange(24.0))
+    attach(layer, "residual.input", token)
+    wanted = x @ weight.T + torch.arange(24.0)
+    plain = token(x) @ rtn(weight, RtnStep(bits=bits, group_size=16)).dequantize().T + torch.arange(24.0)  # type: ignore[arg-type]
+    assert (layer(x) - wanted).square().mean() < 0.05 * (plain - wanted).square().mean()
+    with_all = fit_low_rank(weight, x, SvdquantStep(bits=bits, group_size=16, rank=24), None)  # type: ignore[arg-type]
+    torch.testing.assert_close(with_all.layer(None).weight, weight, rtol=0.01, atol=0.02)
+
+
+def test_a_dit_goes_to_four_bits_with_svdquant(tmp_path: Path) -> None:
+    pipelines.write_dit(tmp_path / "roots" / "model")
+    recipe = [
+        {"method": "svdquant", "bits": 4, "group_size": 16, "rank": 2},
+        {"method": "uniform", "bits": 4, "granularity": "token"},
+        {"method": "noise_correction", "rule": "tac"},
+    ]
+    report = quantize(tmp_path, recipe=recipe, evaluation={"samples": 2})
+    bits = {layer.name: layer.bits for layer in report.layers}
+    assert bits["transformer_blocks.0.ff.net.2"] == 4
+    assert bits["pos_embed.proj"] == bits["transformer_blocks.0.norm1.linear"] == 8
+    with pytest.raises(RecipeError, match=r"recipe.0.group_size: 64 does not divide the 16 columns"):
+        quantize(tmp_path, recipe=[{"method": "svdquant", "bits": 4}, *recipe[1:]])
+    with pytest.raises(RecipeError, match=r"recipe.2: grids of tokens are found as they run"):
+        quantize(tmp_path, recipe=[*recipe[:2], {"method": "accuquant", "group": 1}])

@@ -21,6 +21,7 @@ from worker.diffusion.quantizers import (
 )
 from worker.diffusion.ranges import fit_quantizers
 from worker.diffusion.steps import read_steps
+from worker.diffusion.trajectory import Latents
 from worker.diffusion.unet import image_shape, layers_of
 from worker.errors import NonFiniteError
 
@@ -87,10 +88,10 @@ def observed(
     steps = read_steps(DDIMScheduler(clip_sample=False), count)
     network = StepNetwork(unet, steps)
 
-    def latents() -> Iterator[tuple[int, Tensor]]:
+    def latents() -> Iterator[Latents]:
         generator = torch.Generator().manual_seed(0)
         for index in range(count):
-            yield index, (1 + index) * torch.randn(3, *image_shape(unet), generator=generator)
+            yield Latents(index, (1 + index) * torch.randn(3, *image_shape(unet), generator=generator))
 
     layers = layers_of(unet)
     bits = {layer.name: width for layer in layers}

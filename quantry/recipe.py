@@ -59,7 +59,7 @@ class AdaroundStep(WeightGrid):
     symmetric: bool = False
     clip: Clip = "mse"
     edge_bits: Bits | None = EDGE_BITS
-    iterations: int = Field(300, ge=0, le=100_000, description="of each block; 0: round to nearest")
+    iterations: int = Field(150, ge=0, le=100_000, description="of each block; 0: round to nearest")
     batch: int = Field(16, ge=1, le=1024, description="latents of an iteration")
     latents: int = Field(128, ge=1, le=65536, description="calibration latents, over all timesteps")
     learning_rate: float = Field(0.01, gt=0, le=1)
@@ -222,7 +222,7 @@ class AccuquantStep(Model):
         "fp",
         description="groups start from full-precision latents, or from those that the groups before reach",
     )
-    iterations: int = Field(40, ge=0, le=100_000, description="of each group")
+    iterations: int = Field(30, ge=0, le=100_000, description="of each group")
     batch: int = Field(8, ge=1, le=1024, description="samples of an iteration")
     learning_rate: float = Field(0.01, gt=0, le=1, description="of the logarithm of a step size")
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMPipeline
 from safetensors import safe_open
 from transformers import (
     AutoImageProcessor,
@@ -95,6 +96,28 @@ def test_sizes_stay_small() -> None:
     assert model < 15_000_000
     assert classifier < 1_200_000
     assert bundled_images(IMAGES).stat().st_size < 60_000
+
+
+def test_the_diffusion_model_is_small_and_in_float16() -> None:
+    file = bundled_model("bundled/ddpm-tiny") / "unet" / "diffusion_pytorch_model.safetensors"
+    assert file.stat().st_size < 1_000_000
+    with safe_open(file, framework="pt") as content:
+        assert {content.get_slice(name).get_dtype() for name in content.keys()} == {"F16"}  # noqa: SIM118
+
+
+def test_the_diffusion_model_draws_digits_that_the_classifier_reads() -> None:
+    pipeline = DDIMPipeline.from_pretrained(bundled_model("bundled/ddpm-tiny"))
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.unet.float()
+    images = pipeline(
+        batch_size=24, num_inference_steps=10, generator=torch.Generator().manual_seed(0), output_type="np"
+    )
+    classifier = AutoModelForImageClassification.from_pretrained(bundled_model(CLASSIFIER))
+    pixels = torch.from_numpy(images.images).permute(0, 3, 1, 2) * 2 - 1
+    with torch.no_grad():
+        certainty, digits = classifier(pixel_values=pixels).logits.softmax(-1).max(-1)
+    assert float(certainty.mean()) > 0.75
+    assert len(digits.unique()) >= 6
 
 
 @pytest.mark.parametrize("name", [MODEL, CLASSIFIER])

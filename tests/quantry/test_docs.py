@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from quantry.contract import JobRequest
+from quantry.diffusion import PIPELINES
+from quantry.diffusion_planning import DIFFUSION_METHODS
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from quantry.wording import METHODS
 
-VISION = (Path(__file__).parents[2] / "docs" / "vision.md").read_text(encoding="utf-8")
+DOCS = Path(__file__).parents[2] / "docs"
+DIFFUSION = (DOCS / "diffusion.md").read_text(encoding="utf-8")
+VISION = (DOCS / "vision.md").read_text(encoding="utf-8")
 REQUESTS = re.findall(r"```json\n(.*?)```", VISION, re.S)
 
 
@@ -28,6 +32,20 @@ def test_the_spec_file_of_vision_md_is_accepted() -> None:
     assert found is not None
     spec = JobRequest.model_validate({"model": "local:deit-small", **json.loads(found[1])}).resolve()
     assert [step.method for step in spec.recipe] == ["gptq", "uniform"]
+
+
+@pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", DIFFUSION, re.S))
+def test_the_requests_of_diffusion_md_are_accepted(text: str) -> None:
+    spec = JobRequest.model_validate(json.loads(text)).resolve()
+    assert {step.method for step in spec.recipe} <= set(DIFFUSION_METHODS)
+
+
+def test_diffusion_md_names_every_pipeline_step_and_paper() -> None:
+    for name in (*PIPELINES, *DIFFUSION_METHODS):
+        assert f"`{name}`" in DIFFUSION
+    for method in DIFFUSION_METHODS:
+        url = METHODS[method].url
+        assert url is None or url in DIFFUSION
 
 
 def test_vision_md_names_every_family_step_and_paper() -> None:

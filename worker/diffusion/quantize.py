@@ -44,6 +44,7 @@ from worker.diffusion.timesteps import allocate, choose, middle_features
 from worker.diffusion.trajectory import Latents, boundaries, trajectory
 from worker.diffusion.unet import UNetLayer, layer_bits
 from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
+from worker.errors import NonFiniteError
 
 LATENTS = 128  # that ranges are fitted to, where no weight step asks for another number
 FEATURE_SAMPLES = 8  # that the density of timesteps is seen on
@@ -133,7 +134,13 @@ def calibration_latents(job: DiffusionJob) -> Calibration:
         )
         return choose(whole, counts)
 
-    return halving(run, BATCH, "sampling", job.warn)
+    found = halving(run, BATCH, "sampling", job.warn)
+    broken = next((at.step for at in found if not torch.isfinite(at.x).all()), None)
+    if broken is not None:
+        raise NonFiniteError(
+            f"step {broken}: full-precision latents hold NaN or infinity; the model does not stand this sampler"
+        )
+    return found
 
 
 def _weights(job: DiffusionJob, latents: Calibration) -> dict[str, UNetWeight]:

@@ -238,6 +238,10 @@ def _spoil(folder: Path, how: str) -> None:
         tensors = load_file(weights)
         tensors["conv_out.weight"][0] = torch.nan
         save_file(tensors, weights, {"format": "pt"})
+    elif how == "huge":
+        tensors = load_file(weights)
+        tensors["conv_out.weight"] *= 1e38
+        save_file(tensors, weights, {"format": "pt"})
     elif how == "missing":
         tensors = load_file(weights)
         del tensors["conv_out.weight"]
@@ -257,6 +261,7 @@ def _spoil(folder: Path, how: str) -> None:
     ("how", "kind", "message"),
     [
         ("nan", NonFiniteError, "conv_out.weight holds NaN"),
+        ("huge", NonFiniteError, r"step \d: full-precision latents hold NaN"),
         ("missing", ModelError, "conv_out.weight"),
         ("pickle", ModelError, "no safetensors weights"),
         ("truncated", ModelError, "truncated"),

@@ -38,7 +38,7 @@ def load(
 
     compressed-tensors and quantry checkpoints stay packed in memory; GPTQ and GGUF ones become dense weights,
     exact in float32, and need neither gptqmodel nor llama.cpp. A diffusion pipeline comes back as the pipeline of
-    diffusers, in float32 on the CPU; the arguments are of no use to it.
+    diffusers, packed, in float32 on the CPU; arguments that ask for more are refused.
 
     Args:
         dtype: of the activations and dense weights; "auto" is what config.json says.
@@ -48,6 +48,11 @@ def load(
     path = Path(folder)
     check_files(path)
     if (path / SIDECAR).is_file():
+        if dtype != "auto" or device_map is not None or dequantize:
+            raise CheckpointError(
+                f"{path} holds a diffusion pipeline, which loads packed, in float32 and on the CPU: leave dtype, "
+                "device_map and dequantize out, and move it with .to(device)"
+            )
         return load_pipeline(path)
     config_file = path / "config.json"
     if not config_file.is_file():

@@ -249,6 +249,8 @@ def _sampling(spec: JobSpec, family: PipelineFamily, config: Mapping[str, Any]) 
         raise SpecError(
             "sampling.eta", f"{kind} has its own noise: leave eta out, or set scheduler to `ddim`"
         )
+    if asked.eta and family.transformer:
+        raise SpecError("sampling.eta", f"a {family.name} passes no eta on to its scheduler: leave it out")
     bent = [key for key, usual in (("clip_sample", True), ("thresholding", False)) if config.get(key, usual)]
     if bent and asked.clip_sample is None:
         raise SpecError(

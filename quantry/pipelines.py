@@ -4,7 +4,7 @@ The folder is one of diffusers without the denoiser's weights file: they lie pac
 every quantizer's tables; quantization.json says what is where:
     format_version, component, layers {name: {bits, symmetric, scale_dtype, bias, split, group_size, rank}},
     activations {operand: description of its quantizer}, corrected (whether predictions are), sampling {scheduler,
-    steps, eta, timesteps, settings}, producer, base_model, recipe.
+    steps, eta, timesteps, settings}, call (its arguments for one sample), producer, base_model, recipe.
 diffusers has no hook for a quantization of others, so `quantry.load(folder)` is the way in.
 """
 

@@ -39,12 +39,16 @@ class Loader(Model):
 
 
 class Manifest(Model):
-    """`manifest.json`: every file of the artifact with its digest (but the manifest itself)."""
+    """`manifest.json`: every file of the artifact with its digest (but the manifest itself).
+
+    sampling: of a diffusion pipeline, the sampler that its quantizers were calibrated for.
+    """
 
     job: str | None
     format: str
     loader: Loader
     files: tuple[FileEntry, ...]
+    sampling: dict[str, Any] | None = None
 
 
 class LayerReport(Model):

@@ -109,6 +109,7 @@ def _artifact(job: DiffusionJob, made: QuantizedDenoiser) -> Artifact:
         scheduler=job.loaded.scheduler,
         steps=job.loaded.steps,
         eta=job.plan.sampling.eta,
+        call=_call(job),
         corrections=made.corrections,
         recipe=job.spec.recipe,
         base_model=job.spec.model.id,
@@ -149,11 +150,17 @@ def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
 
 
 def _call(job: DiffusionJob) -> dict[str, Any]:
-    """How the whole pipeline is called for one sample."""
-    conditions = job.plan.family.conditions
-    if conditions == "class":
-        return {"class_labels": [0]}
-    return {"prompt": "a picture"} if conditions == "text" else {"batch_size": 1}
+    """How the whole pipeline is called for one sample, with the settings that it is quantized for."""
+    sampling, family = job.plan.sampling, job.plan.family
+    asked: dict[str, Any] = {"batch_size": 1}
+    if family.conditions is not None:
+        asked = {"class_labels": [0]} if family.conditions == "class" else {"prompt": "a picture"}
+    asked["num_inference_steps"] = job.plan.steps
+    if sampling.eta:
+        asked["eta"] = sampling.eta
+    if sampling.guidance_scale is not None:
+        asked["guidance_scale"] = sampling.guidance_scale
+    return asked
 
 
 def _report(

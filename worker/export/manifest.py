@@ -35,7 +35,14 @@ def write_manifest(
         entry = hashed.get(name)
         unchanged = entry is not None and entry.bytes == path.stat().st_size
         files.append(entry if entry is not None and unchanged else file_entry(folder, path))
-    manifest = Manifest(job=job, format=format, loader=loader_of(folder, format), files=tuple(files))
+    sidecar = read_sidecar(folder)
+    manifest = Manifest(
+        job=job,
+        format=format,
+        loader=loader_of(folder, format),
+        files=tuple(files),
+        sampling=sidecar["sampling"] if sidecar else None,
+    )
     if write:
         with whole_or_nothing(folder):
             write_bytes(folder / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
@@ -46,13 +53,10 @@ def write_manifest(
 def loader_of(folder: Path, format: str) -> Loader:
     """The package and the lines that load this artifact."""
     name = "path/to/this/folder"  # the user chooses where it lies
-    sidecar = folder / SIDECAR
-    if sidecar.is_file():
-        sampling = json.loads(sidecar.read_text())["sampling"]
-        snippet = (
-            f'import quantry\npipeline = quantry.load("{name}")\n'
-            f"images = pipeline(num_inference_steps={sampling['steps']}{_eta(sampling)}).images"
-        )
+    sidecar = read_sidecar(folder)
+    if sidecar is not None:
+        arguments = ", ".join(f"{key}={value!r}" for key, value in sidecar["call"].items())
+        snippet = f'import quantry\npipeline = quantry.load("{name}")\nimages = pipeline({arguments}).images'
         return Loader(package="quantry[torch,diffusion]", version=f">={quantry.__version__}", snippet=snippet)
     auto = "AutoModelForImageClassification" if is_classifier(folder) else "AutoModelForCausalLM"
     stock = f'{auto}.from_pretrained("{name}")'
@@ -70,14 +74,15 @@ def loader_of(folder: Path, format: str) -> Loader:
     return Loader(package="quantry[torch]", version=f">={quantry.__version__}", snippet=snippet)
 
 
-def _eta(sampling: dict[str, Any]) -> str:
-    """The argument that DDIM's noise needs: its pipelines add none unless they are told to."""
-    return f", eta={sampling['eta']:g}" if sampling["eta"] else ""
+def read_sidecar(folder: Path) -> dict[str, Any] | None:
+    """What a quantized diffusion pipeline says of itself; None for a folder that is none."""
+    path = folder / SIDECAR
+    return json.loads(path.read_text()) if path.is_file() else None
 
 
 def is_classifier(folder: Path) -> bool:
     """Whether the config of a checkpoint is of an image classifier."""
-    if (folder / SIDECAR).is_file():
+    if read_sidecar(folder) is not None:
         return False
     architectures = json.loads((folder / "config.json").read_text()).get("architectures") or ()
     return any(name.endswith("ForImageClassification") for name in architectures)

@@ -43,7 +43,8 @@ class Artifact:
     """What is written. network: on its grids, with frozen quantizers, dense but for layers of two branches.
     weights, low_rank: by layer.
 
-    component: its name in the pipeline. scheduler: as it samples. corrections: of each step, or none.
+    component: its name in the pipeline. scheduler: as it samples. call: how the pipeline is called for one sample.
+    corrections: of each step, or none.
     """
 
     component: str
@@ -54,6 +55,7 @@ class Artifact:
     scheduler: Any
     steps: Sequence[SamplingStep]
     eta: float
+    call: Mapping[str, Any]
     corrections: Sequence[Correction]
     recipe: Sequence[Step]
     base_model: str
@@ -182,6 +184,7 @@ def _sidecar(artifact: Artifact) -> dict[str, Any]:
             "timesteps": [step.timestep for step in artifact.steps],
             "settings": {key: scheduler.config[key] for key in SETTINGS if key in scheduler.config},
         },
+        "call": dict(artifact.call),
         "producer": f"quantry {quantry.__version__}",
         "base_model": artifact.base_model,
         "recipe": [step.model_dump(mode="json") for step in artifact.recipe],

@@ -132,6 +132,9 @@ def test_the_artifact_is_packed_whole_and_says_how_to_load_it(finished: tuple[Wo
     assert tensors["mid_block.resnets.0.conv1.weight_packed"].dtype == torch.int32
     snippet = outcome.manifest.loader.snippet.replace("path/to/this/folder", str(workspace.artifact))
     assert "num_inference_steps=4" in snippet
+    assert outcome.manifest.sampling is not None
+    assert outcome.manifest.sampling["scheduler"] == "DDIMScheduler"
+    assert len(outcome.manifest.sampling["timesteps"]) == 4
     space: dict[str, Any] = {}
     exec(snippet, space)
     assert len(space["images"]) == 1
@@ -156,6 +159,12 @@ def test_a_loaded_pipeline_takes_its_own_steps_and_no_others(finished: tuple[Wor
     pipeline.scheduler = type(kept).from_config(kept.config, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="timestep_spacing"):
         pipeline(num_inference_steps=4)
+
+
+def test_a_pipeline_loads_packed_or_not_at_all(finished: tuple[Workspace, Succeeded]) -> None:
+    for asked in ({"dequantize": True}, {"dtype": torch.float16}, {"device_map": "auto"}):
+        with pytest.raises(ValueError, match="leave dtype, device_map and dequantize out"):
+            quantry.load(finished[0].artifact, **asked)
 
 
 def test_steps_use_the_grids_of_their_group(finished: tuple[Workspace, Succeeded]) -> None:

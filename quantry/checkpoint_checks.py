@@ -29,11 +29,11 @@ def size_of(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def leaving_link(folder: Path, roots: Iterable[Path]) -> str | None:
-    """The name of a file of the folder that is a link to outside of all roots, if there is one."""
+    """The path, in the folder, of a file or folder that is a link to outside of all roots, if there is one."""
     within = [root.resolve() for root in roots]
-    for path in sorted(folder.iterdir()):
+    for path in sorted(folder.rglob("*")):
         if path.is_symlink() and not any(path.resolve().is_relative_to(root) for root in within):
-            return path.name
+            return path.relative_to(folder).as_posix()
     return None
 
 

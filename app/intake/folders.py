@@ -98,11 +98,11 @@ def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
     """Config and tensors of a folder. Raises ModelRefused, also for links that lead out of the roots."""
     if not folder.is_dir():
         raise ModelRefused("model.id", f"{folder.name} is not a folder")
-    if (folder / PIPELINE_INDEX).is_file():
-        return _read_pipeline(folder)
     try:
         if roots is not None and (name := leaving_link(folder, roots)):
             raise ModelRefused("model.id", f"{name} is a link that leads out of the server's model roots")
+        if (folder / PIPELINE_INDEX).is_file():
+            return _read_pipeline(folder)
         files = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise ModelRefused("model.id", f"{folder.name} cannot be read: {error.strerror}") from error
@@ -112,10 +112,8 @@ def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
 
 
 def _read_pipeline(folder: Path) -> Outside:
-    """A folder of diffusers. Links that lead out of it are not followed."""
-    root = folder.resolve()
-    found = [path for path in folder.rglob("*") if path.is_file() and path.resolve().is_relative_to(root)]
-    names = {path.relative_to(folder).as_posix() for path in found}
+    """A folder of diffusers."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
 
     def read(name: str) -> bytes:
         size = (folder / name).stat().st_size

@@ -27,7 +27,9 @@ from quantry.reports import CostReport, Manifest, Report, SizeReport
 from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
 from worker.diffusion.quantize import QuantizedDenoiser, calibration_latents, quantize, round_to_nearest
+from worker.diffusion.svdquant import LowRank
 from worker.diffusion.trajectory import trajectory
+from worker.diffusion.weights import UNetWeight
 from worker.export.files import whole_or_nothing
 from worker.export.manifest import write_manifest
 from worker.export.model_card import write_model_card
@@ -206,7 +208,7 @@ def _pictures(found: Evaluated, target: Path) -> dict[str, str]:
 
 def _size(job: DiffusionJob, made: QuantizedDenoiser, artifact: Path) -> SizeReport:
     """Of the denoiser; what is copied is not counted."""
-    stored = [*made.weights.values(), *made.low_rank.values()]
+    stored: list[UNetWeight | LowRank] = [*made.weights.values(), *made.low_rank.values()]
     parts = [part for weight in made.weights.values() for part in weight.parts]
     weights = sum(part.codes.numel() for part in (*parts, *(low.weight for low in made.low_rank.values())))
     return SizeReport(

@@ -207,7 +207,7 @@ def closed_text(row: QualityRow) -> str:
 
 
 def block_charts(report: Report) -> list[tuple[str, Markup]]:
-    """The error curve twice, for wide and for narrow screens: (class, drawing)."""
+    """The error curve over blocks."""
     blocks = report.blocks
     series = [
         Series("round to nearest", "rtn", tuple(b.relative_mse_rtn for b in blocks)),
@@ -216,24 +216,12 @@ def block_charts(report: Report) -> list[tuple[str, Markup]]:
     ]
     if not any(positive(s.values) for s in series):
         return []
-    about = _curve_words(series)
-    made = []
-    for kind, frame in (("wide", Frame(960, 340)), ("narrow", Frame(360, 300, left=52, right=6))):
-        names = series if kind == "wide" else [Series(_short(s.name), s.kind, s.values) for s in series]
-        chart = line_chart(
-            names,
-            frame=frame,
-            name=f"blocks-{kind}",
-            title="Relative error of the residual stream after each block, logarithmic",
-            about=about,
-            x_label="block",
-        )
-        made.append((kind, chart))
-    return made
+    title = "Relative error of the residual stream after each block, logarithmic"
+    return _drawn(series, "block", title, _curve_words(series))
 
 
 def trajectory_charts(report: Report) -> list[tuple[str, Markup]]:
-    """The errors along the sampling trajectory, for wide and for narrow screens: (class, drawing)."""
+    """The errors along the sampling trajectory."""
     found = report.trajectory
     if found is None:
         return []
@@ -248,17 +236,15 @@ def trajectory_charts(report: Report) -> list[tuple[str, Markup]]:
         for line in series
         if positive(line.values)
     )
+    return _drawn(series, "step", "Squared error of the latent after each step, logarithmic", f"{about}.")
+
+
+def _drawn(series: Sequence[Series], unit: str, title: str, about: str) -> list[tuple[str, Markup]]:
+    """Curves over blocks or steps, for wide and for narrow screens: (class, drawing)."""
     made = []
     for kind, frame in (("wide", Frame(960, 340)), ("narrow", Frame(360, 300, left=52, right=6))):
         names = series if kind == "wide" else [Series(_short(s.name), s.kind, s.values) for s in series]
-        chart = line_chart(
-            names,
-            frame=frame,
-            name=f"trajectory-{kind}",
-            title="Squared error of the latent after each step, logarithmic",
-            about=f"{about}.",
-            x_label="step",
-        )
+        chart = line_chart(names, frame=frame, name=f"{unit}s-{kind}", title=title, about=about, x_label=unit)
         made.append((kind, chart))
     return made
 

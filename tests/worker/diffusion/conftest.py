@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
+from pipelines import UNET
 from torch import Tensor
 
 from worker.diffusion.accuquant import roll
@@ -22,17 +23,7 @@ from worker.diffusion.unet import image_shape, layers_of
 from worker.diffusion.weights import quantize_weight, set_weights
 
 MakeUNet = Callable[..., Any]
-SMALL = {
-    "sample_size": 8,
-    "in_channels": 2,
-    "out_channels": 2,
-    "layers_per_block": 1,
-    "block_out_channels": (8, 12),
-    "norm_num_groups": 4,
-    "attention_head_dim": 4,
-    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
-    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
-}
+SMALL = {**UNET, "in_channels": 2, "out_channels": 2}
 
 
 @pytest.fixture

@@ -25,7 +25,7 @@ from quantry.diffusion import SIDECAR
 from quantry.layers.conv import QuantizedConv2d, SplitConv2d
 from quantry.layers.linear import LinearFormat, QuantizedLinear
 from quantry.layers.low_rank import LowRankLinear
-from quantry.layers.operands import attach
+from quantry.layers.operands import ROLES, attach
 from quantry.quantizers.activation import from_description
 from quantry.quantizers.steps import StepDependent
 
@@ -128,7 +128,7 @@ def _denoiser(folder: Path, content: dict[str, Any], tensors: dict[str, Tensor],
     try:
         for name, entry in content["layers"].items():
             network.set_submodule(name, _packed(network.get_submodule(name), entry))
-        if any(operand.endswith(".probabilities") for operand in content["activations"]):
+        if any(operand.rpartition(".")[2] in ROLES for operand in content["activations"]):
             importlib.import_module("quantry.layers.denoiser_attention").use_operand_attention(network)
         for operand, description in content["activations"].items():
             attach(network, operand, from_description(description))

@@ -6,8 +6,9 @@ from typing import Any
 
 from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
 
-from quantry.layers.operands import quantized_attention
+from quantry.layers.operands import ROLES, AttentionOperands, quantized_attention
 
 _STOCK = (AttnProcessor, AttnProcessor2_0)
 
@@ -44,7 +45,7 @@ class OperandAttention:
         if mask is not None:
             batch, keys = context.shape[:2]
             mask = attn.prepare_attention_mask(mask, keys, batch).view(batch, attn.heads, -1, keys)
-        output, _ = quantized_attention(attn, query, key, value, mask, scaling=attn.scale)
+        output = _attend(attn, query, key, value, mask)
         output = attn.to_out[1](attn.to_out[0](output.flatten(2)))
         if residual.ndim == 4:
             output = output.transpose(1, 2).reshape(shape)
@@ -52,6 +53,15 @@ class OperandAttention:
             output = output + residual
         result: Tensor = output / attn.rescale_output_factor
         return result
+
+
+def _attend(attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """(batch, tokens, heads, width); by the fused kernel where nobody asks for the probabilities."""
+    operands: AttentionOperands | None = getattr(attn, "operands", None)
+    if operands is None or operands.needs_probabilities:
+        return quantized_attention(attn, query, key, value, mask, scaling=attn.scale)[0]
+    q, k, v = (operands.apply_to(role, x) for role, x in zip(ROLES, (query, key, value), strict=False))
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale).transpose(1, 2)
 
 
 def attentions(network: nn.Module) -> dict[str, Any]:

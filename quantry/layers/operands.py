@@ -43,6 +43,11 @@ class AttentionOperands(nn.Module):
 
     probability_bias: Tensor | None
 
+    @property
+    def needs_probabilities(self) -> bool:
+        """Whether something looks at the softmax or changes it."""
+        return any(x is not None for x in (self.observer, self.probabilities, self.probability_bias))
+
     def apply_to(self, role: str, x: Tensor) -> Tensor:
         quantizer = getattr(self, role)
         return cast(Tensor, quantizer(x)) if quantizer is not None else x

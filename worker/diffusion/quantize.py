@@ -35,8 +35,8 @@ from worker.diffusion.correctors import RULES, Correction, corrected, fit_correc
 from worker.diffusion.memory import halving
 from worker.diffusion.pieces import BlockPieces, GroupPieces
 from worker.diffusion.prepare import DiffusionJob
-from worker.diffusion.quantizers import StepNetwork, StepQuantizer, attach_quantizers
-from worker.diffusion.ranges import fit_quantizers
+from worker.diffusion.quantizers import StepNetwork, StepQuantizer, attach_quantizers, operand_of
+from worker.diffusion.ranges import attention_sites, fit_quantizers
 from worker.diffusion.softmax import correct_softmax
 from worker.diffusion.steps import Denoiser
 from worker.diffusion.svdquant import LowRank, fit_low_rank, layer_inputs
@@ -44,7 +44,7 @@ from worker.diffusion.timesteps import allocate, choose, middle_features
 from worker.diffusion.trajectory import Latents, boundaries, trajectory
 from worker.diffusion.unet import UNetLayer, layer_bits
 from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
-from worker.errors import NonFiniteError
+from worker.errors import NonFiniteError, RecipeError
 
 LATENTS = 128  # that ranges are fitted to, where no weight step asks for another number
 FEATURE_SAMPLES = 8  # that the density of timesteps is seen on
@@ -82,7 +82,7 @@ class QuantizedDenoiser:
         """Give the network the quantizers that an artifact holds, so that what is measured is what is written."""
         for name, quantizer in self.network.quantizers.items():
             if isinstance(quantizer, StepQuantizer):
-                attach(self.network.unet, f"{name}.input", quantizer.frozen())
+                attach(self.network.unet, operand_of(name), quantizer.frozen())
         self.network = self.network.on(self.network.unet)
 
 
@@ -233,14 +233,20 @@ def _with_weights(job: DiffusionJob, weights: Mapping[str, UNetWeight]) -> StepN
 def _attach_ranges(
     job: DiffusionJob, network: StepNetwork, step: UniformStep, latents: Calibration, clip: Clip, group: int
 ) -> None:
-    layers = job.layers
+    try:
+        operands = attention_sites(network.unet)
+    except ValueError as error:
+        raise RecipeError(f"uniform: {error}") from error
+    layers = (*job.layers, *operands)
     if step.granularity == "token":
+        for operand in operands:
+            attach(network.unet, operand.name, TokenQuantizer(step.bits))
         layers = _attach_tokens(job, network, step)
     quantizers = fit_quantizers(
         network,
         layers,
         lambda: latents,
-        bits=layer_bits(job.layers, step.bits, edge_bits(step)),
+        bits=layer_bits(layers, step.bits, edge_bits(step)),
         steps_per_row=group,
         clip=clip,
     )

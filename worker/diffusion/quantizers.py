@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantry.layers.operands import attach, attached
+from quantry.layers.operands import ROLES, attach, attached
 from quantry.quantizers.steps import StepDependent, StepTable, channel_halves
 from worker.diffusion.conditions import Predict, Seeds, Unconditional
 from worker.diffusion.steps import Step
@@ -108,9 +108,9 @@ class _FakeQuantize(torch.autograd.Function):
 class StepNetwork:
     """A network as a denoiser: tells the network its timestep, and what depends on it the step.
 
-    predict: what the pipeline does around it; seeds: of the samples of a batch, where that depends on them.
-    quantizers: of the layers' inputs, by layer. Weights and quantizers may change at any time; quantizers attached
-    afterwards are not told the step.
+    predict: what the pipeline does around it. seeds: of the samples of a batch, where that depends on them.
+    quantizers: of the layers' inputs, by layer, and of operands of attention, by operand. Weights and quantizers may
+    change at any time; quantizers attached afterwards are not told the step.
     """
 
     def __init__(
@@ -149,13 +149,18 @@ class StepNetwork:
 
 
 def attach_quantizers(unet: nn.Module, quantizers: Mapping[str, StepQuantizer]) -> None:
-    """Quantize the input of each named layer; `quantry.layers.operands.detach_all` takes them away again.
+    """Quantize the input of each named layer, and each named operand of attention, such as `<attention>.query`.
 
-    The quantizers move to the device of their layers.
+    `quantry.layers.operands.detach_all` takes them away again. The quantizers move to the device of the network.
     """
+    device = next(unet.parameters()).device
     for name, quantizer in quantizers.items():
-        device = unet.get_submodule(name).get_parameter("weight").device
-        attach(unet, f"{name}.input", quantizer.to(device))
+        attach(unet, operand_of(name), quantizer.to(device))
+
+
+def operand_of(name: str) -> str:
+    """The operand that a quantizer's name stands for: a layer's stands for its input."""
+    return name if name.rpartition(".")[2] in ROLES else f"{name}.input"
 
 
 @contextmanager

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from quantry.layers.denoiser_attention import attentions, use_operand_attention
+from quantry.layers.operands import ROLES, attach, attention_operands
 from quantry.quantizers.activation import UniformQuantizer
 from quantry.quantizers.steps import channel_halves
 from worker.diffusion.quantizers import StepNetwork, StepQuantizer
@@ -101,6 +103,46 @@ class _Site:
         )
 
 
+@contextmanager
+def _watching(unet: nn.Module, name: str, see: Callable[[Tensor], None]) -> Iterator[None]:
+    """Show every input of a layer, or every value of an operand of attention."""
+    path, _, role = name.rpartition(".")
+    if role not in ROLES:
+        hook = unet.get_submodule(name).register_forward_pre_hook(lambda module, inputs: see(inputs[0]))
+        with hook:
+            yield
+        return
+    attach(unet, name, _Watcher(see))
+    try:
+        yield
+    finally:
+        attention_operands(unet.get_submodule(path)).register_module(role, None)
+
+
+class _Watcher(nn.Module):
+    """Stands where a quantizer will, and lets everything pass."""
+
+    def __init__(self, see: Callable[[Tensor], None]) -> None:
+        super().__init__()
+        self.see = see
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.see(x)
+        return x
+
+
+def attention_sites(unet: nn.Module) -> tuple[UNetLayer, ...]:
+    """Queries, keys and values of every attention module, to be quantized like inputs of layers.
+
+    Attention computes where they can be reached from here on. Raises ValueError where it cannot.
+    """
+    use_operand_attention(unet)
+    roles = ("query", "key", "value")
+    return tuple(
+        UNetLayer(f"{name}.{role}", "inner", name, None) for name in attentions(unet) for role in roles
+    )
+
+
 def _observe(
     network: StepNetwork,
     sites: Sequence[_Site],
@@ -110,13 +152,12 @@ def _observe(
     """Run the network on all latents and show each site its layer's input."""
     present = 0
 
-    def show(site: _Site, module: object, inputs: tuple[Tensor, ...]) -> None:
-        see(site, present, inputs[0])
+    def show(site: _Site, x: Tensor) -> None:
+        see(site, present, x)
 
     with ExitStack() as hooks:
         for site in sites:
-            module = network.unet.get_submodule(site.layer.name)
-            hooks.enter_context(module.register_forward_pre_hook(partial(show, site)))
+            hooks.enter_context(_watching(network.unet, site.layer.name, partial(show, site)))
         for present, x, seeds in latents():
             if present < len(network.steps):
                 network.of(seeds)(x, present)

@@ -107,7 +107,7 @@ def test_every_step_runs_and_the_pipeline_predicts_the_same(name: str, workspace
     assert frechet.fp == 0
     assert frechet.quantized is not None
     assert frechet.quantized > 0
-    assert [operand.kind for operand in report.operands] == ["probabilities"] * 3
+    assert [operand.kind for operand in report.operands] == ["probabilities"] * 4
     assert all(operand.row_sum_after == pytest.approx(1, abs=1e-5) for operand in report.operands)
     run = report.trajectory
     assert run is not None
@@ -174,6 +174,8 @@ def test_steps_use_the_grids_of_their_group(finished: tuple[Workspace, Succeeded
     before = [pipeline.unet(x, time).sample for time in pipeline.scheduler.timesteps]
     table = pipeline.unet.get_submodule("mid_block.resnets.0.conv1.input_quantizer")
     assert table.scale.shape == (2, 1)
+    query = pipeline.unet.get_submodule("mid_block.attentions.0.operands.query")
+    assert query.scale.shape == (2, 1)
     table.scale[1] *= 2
     after = [pipeline.unet(x, time).sample for time in pipeline.scheduler.timesteps]
     changed = [not torch.equal(b, a) for b, a in zip(before, after, strict=True)]

@@ -19,9 +19,9 @@ from worker.diffusion.quantizers import (
     fake_quantize,
     trainable,
 )
-from worker.diffusion.ranges import fit_quantizers
+from worker.diffusion.ranges import attention_sites, fit_quantizers
 from worker.diffusion.steps import read_steps
-from worker.diffusion.trajectory import Latents
+from worker.diffusion.trajectory import Latents, SeededNoise, trajectory
 from worker.diffusion.unet import image_shape, layers_of
 from worker.errors import NonFiniteError
 
@@ -138,6 +138,32 @@ def test_a_copied_network_has_quantizers_of_its_own(make_unet: MakeUNet) -> None
     attach_quantizers(unet, quantizers)
     twin = StepNetwork(copy.deepcopy(unet), network.steps)
     assert not {id(q) for q in twin.quantizers.values()} & {id(q) for q in quantizers.values()}
+
+
+def test_queries_keys_and_values_are_quantized_like_inputs(make_unet: MakeUNet) -> None:
+    unet = make_unet()
+    x = torch.randn(2, *image_shape(unet), generator=torch.Generator().manual_seed(1))
+    before = unet(x, 3).sample
+    layers = attention_sites(unet)
+    assert [layer.name.rpartition(".")[2] for layer in layers[:3]] == ["query", "key", "value"]
+    steps = read_steps(DDIMScheduler(clip_sample=False), 4)
+    network = StepNetwork(unet, steps)
+    noise = SeededNoise((0, 1), image_shape(unet), torch.device("cpu"))
+    bits = {layer.name: 3 for layer in layers}
+    found = fit_quantizers(
+        network, layers, lambda: trajectory(network, steps, noise), bits=bits, steps_per_row=2
+    )
+    torch.testing.assert_close(
+        unet(x, 3).sample, before, rtol=1e-5, atol=1e-6
+    )  # watching leaves nothing behind
+    attach_quantizers(unet, found)
+    quantized = StepNetwork(unet, steps)
+    assert set(quantized.quantizers) == set(bits)
+    values: list[Tensor] = []
+    table = found[layers[0].name]
+    with table.register_forward_hook(lambda module, inputs, output: values.append(output)):
+        quantized(x, 0)
+    assert len(values[0].unique()) <= 8
 
 
 def test_broken_activations_are_refused_by_name(make_unet: MakeUNet) -> None:

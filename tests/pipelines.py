@@ -45,11 +45,11 @@ def write_ddim(folder: Path, *, unet: dict[str, Any] | None = None, **scheduler:
     return folder
 
 
-def write_ddpm(folder: Path, **scheduler: Any) -> Path:
+def write_ddpm(folder: Path, *, unet: dict[str, Any] | None = None, **scheduler: Any) -> Path:
     """A DDPMPipeline, likewise."""
     torch.manual_seed(0)
     settings = {"num_train_timesteps": 100, "clip_sample": False, **scheduler}
-    DDPMPipeline(UNet2DModel(**UNET), DDPMScheduler(**settings)).save_pretrained(folder)
+    DDPMPipeline(UNet2DModel(**{**UNET, **(unet or {})}), DDPMScheduler(**settings)).save_pretrained(folder)
     return folder
 
 

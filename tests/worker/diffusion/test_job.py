@@ -28,7 +28,6 @@ UNIFORM = {"method": "uniform", "bits": 8, "range": "mse"}
 ACCUQUANT = {"method": "accuquant", "group": 2, "iterations": 2, "batch": 2}
 RECIPES: dict[str, list[dict[str, Any]]] = {
     "rtn": [{"method": "rtn", "bits": 4}],
-    "w4a8": [{"method": "rtn", "bits": 4, "symmetric": False, "clip": "mse"}, UNIFORM],
     "accuquant": [ADAROUND, UNIFORM, ACCUQUANT],
     "everything": [
         {**ADAROUND, "symmetric": True, "edge_bits": 4},
@@ -90,13 +89,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Workspace, Succe
     return workspace, quantize(workspace, body(RECIPES["accuquant"]))
 
 
-@pytest.mark.parametrize("name", ["everything", "progressive"])
-def test_every_step_runs_and_the_pipeline_predicts_the_same(name: str, workspace: Workspace) -> None:
+@pytest.mark.parametrize(("name", "scheduler"), [("everything", "ddim"), ("progressive", "ddpm")])
+def test_every_step_runs_and_the_pipeline_predicts_the_same(
+    name: str, scheduler: str, workspace: Workspace
+) -> None:
+    """On a checkpoint with a DDPM scheduler that clips, sampled without, by either scheduler with noise."""
     root = workspace.model_roots[0]
-    pipelines.write_ddim(root / "model", unet={"in_channels": 3, "out_channels": 3})
+    pipelines.write_ddpm(root / "model", unet={"in_channels": 3, "out_channels": 3}, clip_sample=True)
     factories.write_classifier(root / "vit", "vit")
+    eta = 0.5 if scheduler == "ddim" else 0.0
+    sampling = {"steps": 4, "scheduler": scheduler, "eta": eta, "clip_sample": False}
     features = {"source": "local", "id": "vit"}
-    report = quantize(workspace, body(RECIPES[name], evaluation={"samples": 3, "features": features})).report
+    evaluation = {"samples": 3, "features": features}
+    report = quantize(workspace, body(RECIPES[name], sampling=sampling, evaluation=evaluation)).report
+    assert any("without clipping" in text for text in report.warnings)
+    index = json.loads((workspace.artifact / "model_index.json").read_text())
+    assert index["_class_name"] == {"ddim": "DDIMPipeline", "ddpm": "DDPMPipeline"}[scheduler]
     assert float(report.verification["relative_difference"]) < 1e-5
     assert {row.metric for row in report.quality} == {"latent_mse", "psnr", "ssim", "frechet"}
     assert all(
@@ -180,18 +188,6 @@ def test_steps_use_the_grids_of_their_group(finished: tuple[Workspace, Succeeded
     after = [pipeline.unet(x, time).sample for time in pipeline.scheduler.timesteps]
     changed = [not torch.equal(b, a) for b, a in zip(before, after, strict=True)]
     assert changed == [False, False, True, True]
-
-
-@pytest.mark.parametrize("scheduler", ["ddim", "ddpm"])
-def test_schedulers_can_be_changed_and_noise_added(scheduler: str, workspace: Workspace) -> None:
-    pipelines.write_ddpm(workspace.model_roots[0] / "model", clip_sample=True)
-    eta = 0.5 if scheduler == "ddim" else 0.0
-    sampling = {"steps": 3, "scheduler": scheduler, "eta": eta, "clip_sample": False}
-    report = quantize(workspace, body(RECIPES["w4a8"], sampling=sampling, evaluation=None)).report
-    assert float(report.verification["relative_difference"]) < 1e-5
-    assert any("without clipping" in text for text in report.warnings)
-    index = json.loads((workspace.artifact / "model_index.json").read_text())
-    assert index["_class_name"] == {"ddim": "DDIMPipeline", "ddpm": "DDPMPipeline"}[scheduler]
 
 
 class _Killed(Exception):

@@ -222,7 +222,7 @@ class AccuquantStep(Model):
         "fp",
         description="groups start from full-precision latents, or from those that the groups before reach",
     )
-    iterations: int = Field(30, ge=0, le=100_000, description="of each group")
+    iterations: int = Field(20, ge=0, le=100_000, description="of each group")
     batch: int = Field(8, ge=1, le=1024, description="samples of an iteration")
     learning_rate: float = Field(0.01, gt=0, le=1, description="of the logarithm of a step size")
 

@@ -12,6 +12,8 @@ from sqlalchemy import text
 from starlette.testclient import TestClient
 
 from quantry.contract import MethodPage
+from quantry.diffusion import PIPELINES
+from quantry.diffusion_planning import DIFFUSION_METHODS
 from quantry.families import FAMILIES
 from quantry.jobs import State
 from quantry.planning import LANGUAGE_METHODS
@@ -78,16 +80,18 @@ def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
     found = {
         info.method: info for info in MethodPage.model_validate_json(client.get("/v1/methods").content).items
     }
-    assert set(found) == {*LANGUAGE_METHODS, *VISION_METHODS}
-    everywhere = {*FAMILIES, *VISION_FAMILIES}
+    assert set(found) == {*LANGUAGE_METHODS, *VISION_METHODS, *DIFFUSION_METHODS}
+    everywhere = {*FAMILIES, *VISION_FAMILIES, *PIPELINES}
     assert {name for name, info in found.items() if set(info.families) == everywhere} == {
         "rtn",
-        "gptq",
         "bias_compensation",
         "softmax_bias",
     }
+    assert set(found["gptq"].families) == {*FAMILIES, *VISION_FAMILIES}
+    assert set(found["accuquant"].families) == set(PIPELINES)
     for name in ("uniform", "ptq4vit", "repq", "adalog", "igq"):
-        assert set(found[name].families) == set(VISION_FAMILIES)
+        others = set(PIPELINES) if name == "uniform" else set()
+        assert set(found[name].families) == set(VISION_FAMILIES) | others
         assert (found[name].role, found[name].formats) == ("activations", ("quantry",))
     assert (found["gptq"].role, found["softmax_bias"].role) == ("weights", "correction")
     assert found["repq"].paper == "https://arxiv.org/abs/2212.08254"

@@ -8,7 +8,7 @@ from typing import Any
 
 from quantry.base import Metric, SpecError
 from quantry.contract import Evaluation, JobSpec, ModelRef
-from quantry.diffusion import Component, PipelineFamily, pipeline_family_of
+from quantry.diffusion import PIPELINES, Component, PipelineFamily, pipeline_family_of
 from quantry.diffusion_layers import is_edge, is_time, latent_shape, positions, quantized_layers
 from quantry.headers import TensorInfo
 from quantry.recipe import (
@@ -76,6 +76,17 @@ class DiffusionPlan:
     def steps(self) -> int:
         assert self.sampling.steps is not None
         return self.sampling.steps
+
+
+def pipelines_taking(method: str) -> list[str]:
+    """The pipeline classes that a step works on."""
+    if method not in DIFFUSION_METHODS:
+        return []
+    return sorted(
+        name
+        for name, family in PIPELINES.items()
+        if (method != "svdquant" or family.transformer) and (method != "accuquant" or not family.one_step)
+    )
 
 
 def plan_diffusion(

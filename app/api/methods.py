@@ -11,8 +11,7 @@ from fastapi import Response
 from app.api.deps import Reader
 from app.api.router import Router
 from quantry.contract import MethodInfo, MethodPage
-from quantry.diffusion import PIPELINES
-from quantry.diffusion_planning import DIFFUSION_METHODS
+from quantry.diffusion_planning import pipelines_taking
 from quantry.families import FAMILIES
 from quantry.planning import LANGUAGE_METHODS
 from quantry.recipe import (
@@ -121,8 +120,7 @@ def _families(method: str) -> Iterator[str]:
         yield from sorted(FAMILIES)
     if method in VISION_METHODS:
         yield from sorted(VISION_FAMILIES)
-    if method in DIFFUSION_METHODS:
-        yield from sorted(PIPELINES)
+    yield from pipelines_taking(method)
 
 
 def _role(method: str) -> Literal["weights", "activations", "correction"]:

@@ -88,7 +88,8 @@ def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
         "softmax_bias",
     }
     assert set(found["gptq"].families) == {*FAMILIES, *VISION_FAMILIES}
-    assert set(found["accuquant"].families) == set(PIPELINES)
+    assert set(found["accuquant"].families) == set(PIPELINES) - {"ConsistencyModelPipeline"}
+    assert found["svdquant"].families == ("DiTPipeline",)
     for name in ("uniform", "ptq4vit", "repq", "adalog", "igq"):
         others = set(PIPELINES) if name == "uniform" else set()
         assert set(found[name].families) == set(VISION_FAMILIES) | others

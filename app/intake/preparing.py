@@ -19,7 +19,8 @@ from quantry.bundled import NotBundledError, bundled_model
 from quantry.contract import DatasetRef, JobSpec, ModelRef
 from quantry.costs import estimate
 from quantry.diffusion import is_pipeline
-from quantry.diffusion_planning import DiffusionPlan, estimate_diffusion, plan_diffusion
+from quantry.diffusion_costs import estimate_diffusion
+from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
 from quantry.planning import Plan, plan
 from quantry.reports import Estimate
 from quantry.vision import is_vision, vision_family_of

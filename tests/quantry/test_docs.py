@@ -10,7 +10,7 @@ import pytest
 
 from quantry.contract import JobRequest
 from quantry.diffusion import PIPELINES
-from quantry.diffusion_planning import DIFFUSION_METHODS
+from quantry.diffusion_checks import DIFFUSION_METHODS
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from quantry.wording import METHODS

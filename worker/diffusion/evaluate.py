@@ -13,8 +13,9 @@ from quantry.reports import LayerReport, QualityRow, StepGroup, TrajectoryReport
 from worker.calibration.hooks import outputs_of
 from worker.diffusion.memory import halving
 from worker.diffusion.prepare import DiffusionJob
-from worker.diffusion.quantize import BATCH, QuantizedDenoiser
+from worker.diffusion.quantize import QuantizedDenoiser
 from worker.diffusion.quantizers import StepNetwork
+from worker.diffusion.rounding import BATCH
 from worker.diffusion.steps import Denoiser
 from worker.diffusion.trajectory import Curves, Latents, error_curves, trajectory
 from worker.errors import NonFiniteError

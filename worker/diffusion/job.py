@@ -20,13 +20,14 @@ from torch import Tensor
 
 import quantry
 from quantry.contract import JobSpec
-from quantry.diffusion_planning import estimate_diffusion
+from quantry.diffusion_costs import estimate_diffusion
 from quantry.jobs import State, Succeeded
 from quantry.pipelines import TENSORS
 from quantry.reports import CostReport, Manifest, Report, SizeReport
 from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
-from worker.diffusion.quantize import QuantizedDenoiser, calibration_latents, quantize, round_to_nearest
+from worker.diffusion.quantize import QuantizedDenoiser, quantize, round_to_nearest
+from worker.diffusion.rounding import calibration_latents
 from worker.diffusion.svdquant import LowRank
 from worker.diffusion.trajectory import trajectory
 from worker.diffusion.weights import UNetWeight

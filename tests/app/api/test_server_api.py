@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from quantry.contract import MethodPage
 from quantry.diffusion import PIPELINES
-from quantry.diffusion_planning import DIFFUSION_METHODS
+from quantry.diffusion_checks import DIFFUSION_METHODS
 from quantry.families import FAMILIES
 from quantry.jobs import State
 from quantry.planning import LANGUAGE_METHODS

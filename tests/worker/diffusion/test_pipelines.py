@@ -161,7 +161,8 @@ def test_a_dit_goes_to_four_bits_with_svdquant(tmp_path: Path) -> None:
         {"method": "uniform", "bits": 4, "granularity": "token"},
         {"method": "noise_correction", "rule": "tac"},
     ]
-    report = quantize(tmp_path, recipe=recipe, evaluation={"samples": 2})
+    sampling = {"steps": 3, "timestep_sampler": "density"}
+    report = quantize(tmp_path, recipe=recipe, sampling=sampling, evaluation={"samples": 2})
     bits = {layer.name: layer.bits for layer in report.layers}
     assert {"proj_out_2", "transformer_blocks.1.attn1.to_q"} <= set(bits)
     assert bits["transformer_blocks.0.ff.net.2"] == 4

@@ -35,7 +35,7 @@ from worker.diffusion.accuquant import AccuQuant, calibrate
 from worker.diffusion.adaround import AdaRound, reconstruct
 from worker.diffusion.correctors import Rule, corrected, fit_corrections, ptqd, tac
 from worker.diffusion.quantizers import StepNetwork, attach_quantizers
-from worker.diffusion.ranges import Clip, fit_quantizers
+from worker.diffusion.ranges import Clip, attention_sites, fit_quantizers
 from worker.diffusion.steps import Denoiser, Step, read_steps
 from worker.diffusion.trajectory import Curves, SeededNoise, boundaries, error_curves, trajectory
 from worker.diffusion.unet import UNetLayer, image_shape, layer_bits, layers_of
@@ -94,11 +94,12 @@ class Bench:
         unet = copy.deepcopy(self.unet)
         set_weights(unet, self.weights(weight, clip, seed))
         observed = self.noise(seed * 1000, OBSERVED)
+        sites = (*self.layers, *attention_sites(unet))
         quantizers = fit_quantizers(
             StepNetwork(unet, self.steps),
-            self.layers,
+            sites,
             lambda: trajectory(self.full, self.steps, observed),
-            bits=layer_bits(self.layers, activation),
+            bits=layer_bits(sites, activation),
             steps_per_row=steps_per_row,
             clip=clip,
         )

@@ -1,13 +1,14 @@
 """What AccuQuant's gradients cost and are worth on a real model, and what 8 bits do to long softmax rows.
 
 usage: python benchmarks/diffusion_costs.py MODEL [--steps 20] [--groups 1 2 5 10] [--batch 8] [--softmax-size 0]
+           [--tables memory cosine softmax]
 
 MODEL as in benchmarks/diffusion.py, W4A8, ranges of least squared error. Three tables:
 *memory*: the most bytes that autograd keeps for a backward pass, for both gradients and for naive unrolling, by steps
 of a group; and a plot of them, in characters. *cosine*: between the published gradient of all step sizes and the
 exact one, and the ratio of their norms, by group. *softmax*: 8-bit probabilities at each step, row sum before and
 after correction and the SQNR of the attention's output, means over attention modules; `--softmax-size N` runs the
-network on latents of N x N: attention two levels down sees 1024 keys from N = 128 on.
+network on latents of N x N: attention one level down sees 1024 keys at N = 64.
 """
 
 from __future__ import annotations
@@ -143,11 +144,16 @@ def main() -> None:
     parser.add_argument("--groups", type=int, nargs="+", default=[1, 2, 5, 10])
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--softmax-size", type=int, default=0)
+    tables = ("memory", "cosine", "softmax")
+    parser.add_argument("--tables", nargs="+", choices=tables, default=list(tables))
     options = parser.parse_args()
     bench = Bench(Namespace(model=options.model, steps=options.steps, eta=0.0, adaround=0, features=None))
-    memory(bench, options.groups, options.batch)
-    cosine(bench, options.groups, options.batch)
-    softmax(bench, options.softmax_size)
+    if "memory" in options.tables:
+        memory(bench, options.groups, options.batch)
+    if "cosine" in options.tables:
+        cosine(bench, options.groups, options.batch)
+    if "softmax" in options.tables:
+        softmax(bench, options.softmax_size)
 
 
 if __name__ == "__main__":

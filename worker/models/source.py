@@ -31,6 +31,7 @@ from worker.workspace import Workspace
 
 Role = Literal["calibration", "evaluation"]
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
+VARIANTS = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors")  # copies that nobody reads
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".py")
 
 
@@ -127,6 +128,7 @@ def _download(ref: ModelRef, workspace: Workspace) -> Path:
                 cache_dir=workspace.cache,
                 local_files_only=workspace.offline,
                 allow_patterns=list(WANTED),
+                ignore_patterns=list(VARIANTS),
                 token=False,
             )
         )

@@ -70,12 +70,13 @@ _WEIGHTS: dict[TimestepSampler, Callable[[int, Callable[[], Tensor]], Tensor]] =
 def middle_features(network: StepNetwork, middle: str, latents: Iterable[Latents]) -> Tensor:
     """The mean output of module `middle` at each step, over a batch: (steps, width), on the CPU."""
     found: list[Tensor] = []
+    everything = list(latents)  # a trajectory runs the network too, which must not be seen
 
     def see(module: object, inputs: object, output: Tensor) -> None:
         found.append(output.float().mean(0).flatten().cpu())
 
     with network.unet.get_submodule(middle).register_forward_hook(see):
-        for index, x, seeds in latents:
+        for index, x, seeds in everything:
             if index < len(network.steps):
                 network.of(seeds)(x, index)
     return torch.stack(found)

@@ -71,6 +71,16 @@ METHODS = {
 }
 
 
+TAC = MethodName("noise correction", "Yao et al. 2024", "2407.03917")
+
+
+def method_of(step: Step) -> MethodName:
+    """What a step is called and who published it; noise correction has two papers."""
+    if isinstance(step, NoiseCorrectionStep) and step.rule == "tac":
+        return TAC
+    return METHODS[step.method]
+
+
 def bytes_text(count: float) -> str:
     """Bytes in decimal units with three digits: 4.05 MB."""
     return _scaled(count, _BYTES)

@@ -23,6 +23,7 @@ from quantry.contract import JobSpec
 from quantry.diffusion_costs import estimate_diffusion
 from quantry.jobs import State, Succeeded
 from quantry.pipelines import TENSORS
+from quantry.quantizers.steps import StepBias
 from quantry.reports import CostReport, Manifest, Report, SizeReport
 from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
@@ -212,11 +213,14 @@ def _size(job: DiffusionJob, made: QuantizedDenoiser, artifact: Path) -> SizeRep
     stored: list[UNetWeight | LowRank] = [*made.weights.values(), *made.low_rank.values()]
     parts = [part for weight in made.weights.values() for part in weight.parts]
     weights = sum(part.codes.numel() for part in (*parts, *(low.weight for low in made.low_rank.values())))
+    tables = [module for module in made.network.unet.modules() if isinstance(module, StepBias)]
+    added = sum(table.bias.nbytes for table in tables)
     return SizeReport(
         fp_bytes=job.plan.fp_bytes,
         quantized_bytes=(artifact / TENSORS).stat().st_size,
-        effective_bits=sum(weight.storage_bits() for weight in stored) / weights,
+        effective_bits=(sum(weight.storage_bits() for weight in stored) + 8 * added) / weights,
         quantized_weights=weights,
+        added_bias_bytes=added,
     )
 
 

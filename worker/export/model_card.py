@@ -10,7 +10,7 @@ import quantry
 from quantry.diffusion import SIDECAR
 from quantry.recipe import BiasCompensationStep, Step, WeightStep
 from quantry.reports import QualityRow, SizeReport
-from quantry.wording import METHODS, figure_text, metric_text, recipe_text, samples_text
+from quantry.wording import METHODS, figure_text, method_of, metric_text, recipe_text, samples_text
 from worker.export.files import whole_or_nothing, write_bytes
 from worker.export.manifest import is_classifier, loader_of
 
@@ -101,7 +101,7 @@ def _step(step: Step) -> str:
         where = "channel" if step.granularity == "channel" else "position and channel"
         return f"Bias compensation per {where} ({METHODS[step.method].citation}), {step.targets} targets"
     if not isinstance(step, WeightStep):
-        words, cited = recipe_text([step]), METHODS[step.method].citation
+        words, cited = recipe_text([step]), method_of(step).citation
         return words[:1].upper() + words[1:] + (f" ({cited})" if cited else "")
     grid = f"{step.bits} bits, {'symmetric' if step.symmetric else 'asymmetric'}, "
     grid += f"groups of {step.group_size}" if step.group_size else "per channel"

@@ -123,7 +123,11 @@ def test_every_step_runs_and_the_pipeline_predicts_the_same(
     assert run.accumulated[0] == pytest.approx(run.single[0])
     assert run.accumulated[-1] == pytest.approx(next(r.quantized for r in report.quality), rel=1e-4)
     assert {layer.name for layer in report.layers} >= {"conv_in", "mid_block.attentions.0.to_q"}
-    assert report.size.effective_bits < 8
+    assert report.size.added_bias_bytes > 0
+    cited = (workspace.artifact / "README.md").read_text()
+    assert {"tac": "Yao et al. 2024", "ptqd": "He et al. 2023"}[
+        RECIPES[name][-1].get("rule", "ptqd")
+    ] in cited
 
 
 def test_the_artifact_is_packed_whole_and_says_how_to_load_it(finished: tuple[Workspace, Succeeded]) -> None:

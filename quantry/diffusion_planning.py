@@ -189,7 +189,8 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo) -> int:
 def _warnings(spec: JobSpec, sampling: Sampling) -> Iterator[str]:
     yield "the pipeline loads with quantry.load(folder); diffusers alone does not read its packed weights"
     if spec.activation_step is not None or len(spec.recipe) > 1:
-        yield f"what is calibrated holds for {sampling.steps} steps: another number needs another job"
+        count = "one step" if sampling.steps == 1 else f"{sampling.steps} steps"
+        yield f"what is calibrated holds for {count}: another number needs another job"
     if sampling.clip_sample is False:
         yield "sampled without clipping, which the checkpoint's scheduler asks for: look at the samples"
 

@@ -114,10 +114,10 @@ class BlockQuantizer:
         if self.sequential:
             for group in groups:
                 statistics = self._gather(index, block.module, group, *passages)
-                if group is groups[-1]:  # the widest: memory peaks here
-                    release_memory()
+                release_memory()
                 self._quantize_group(index, group, statistics, block, late)
                 del statistics
+                release_memory()
         else:
             ahead = [self._gather(index, block.module, group, *passages) for group in groups]
             for done in passages:

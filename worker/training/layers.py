@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ class FixedPointLayer(nn.Module):
     integer = False
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # a Tensor or None; the stubs of the two kinds disagree
     weight_range: nn.Parameter
     input_range: nn.Parameter
     gradient: GradientQuantizer | None

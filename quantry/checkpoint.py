@@ -76,7 +76,8 @@ def load(
 
 def _auto_class(config: dict[str, Any]) -> Any:
     """The class of transformers that opens a folder with this config.json."""
-    classifiers = {family.architecture for family in (*VISION_FAMILIES.values(), *CONV_FAMILIES.values())}
+    classifiers = {family.architecture for family in VISION_FAMILIES.values()}
+    classifiers |= {family.architecture for family in CONV_FAMILIES.values()}
     wanted = set(config.get("architectures") or ())
     return AutoModelForImageClassification if wanted & classifiers else AutoModelForCausalLM
 

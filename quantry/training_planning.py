@@ -172,8 +172,10 @@ def _transformer_layers(
             continue
         layer = name.removesuffix(".weight")
         bias = f"{layer}.bias" in shapes
+        reason: str | None = None
         if layer == stem or layer == "classifier":
-            count, reason = (tokens, FIRST) if layer == stem else (1, LAST)
+            count = tokens if layer == stem else 1
+            reason = FIRST if layer == stem else LAST
         else:
             stage = int(layer.split(".")[3]) if layer.startswith("swin.") else 0
             count = max(1, tokens // 4 ** (stage + layer.endswith("downsample.reduction")))

@@ -123,7 +123,7 @@ class Trainer:
         self.weights.zero_grad(set_to_none=True)
         if self.ranges is not None:
             self.ranges.zero_grad(set_to_none=True)
-        loss.backward()
+        torch.autograd.backward(loss)
         self._check_gradients(epoch, index)
         if not warming:
             self.weights.step()

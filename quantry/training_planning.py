@@ -13,6 +13,7 @@ from quantry.contract import JobSpec
 from quantry.convnets import (
     FIRST,
     LAST,
+    ConvFamily,
     TrainedLayer,
     conv_family_of,
     image_size,
@@ -22,7 +23,7 @@ from quantry.convnets import (
 from quantry.headers import TensorInfo
 from quantry.reports import Estimate, LayerPlan
 from quantry.training import FixedPointTrainingStep, GradientGrid
-from quantry.vision import VISION_FAMILIES, class_count, is_vision, vision_family_of
+from quantry.vision import VISION_FAMILIES, VisionFamily, class_count, is_vision, vision_family_of
 from quantry.vision_layers import (
     check_tensors,
     is_quantized,
@@ -81,6 +82,11 @@ class TrainingPlan:
 def is_trainable(config: Mapping[str, Any]) -> bool:
     """Whether a `config.json` is of a classifier that can be trained."""
     return is_vision(config) or is_convnet(config)
+
+
+def classifier_family_of(config: Mapping[str, Any]) -> VisionFamily | ConvFamily:
+    """The family of a classifier that can be trained. Raises SpecError for variants that cannot."""
+    return vision_family_of(config) if is_vision(config) else conv_family_of(config)
 
 
 def plan_training(

@@ -22,7 +22,8 @@ from quantry.training_planning import plan_training
 CASES: list[tuple[str, dict[str, Any], int]] = [
     ("resnet", {}, 64),  # ResNet-50
     ("resnet", {"layer_type": "basic", "hidden_sizes": [64, 128, 256, 512], "depths": [2, 2, 2, 2]}, 65),
-    ("resnet", {"hidden_sizes": [32, 64], "depths": [1, 2], "downsample_in_first_stage": True, "downsample_in_bottleneck": True, "num_labels": 3}, 64),
+    ("resnet", {"hidden_sizes": [32, 64], "depths": [1, 2], "num_labels": 3, "downsample_in_first_stage": True}, 64),
+    ("resnet", {"hidden_sizes": [32, 64], "depths": [1, 2], "downsample_in_bottleneck": True}, 64),
     ("mobilenet_v2", {}, 64),
     ("mobilenet_v2", {"depth_multiplier": 0.35, "tf_padding": False, "output_stride": 8}, 97),
     ("mobilenet_v2", {"first_layer_is_expansion": False, "finegrained_output": False, "depth_multiplier": 0.5}, 63),
@@ -76,7 +77,9 @@ def test_every_family_is_planned_without_its_weights(name: str) -> None:
     spec = JobRequest(model="local:x", recipe=[step], calibration=images, evaluation=images).resolve()  # type: ignore[arg-type]
     plan = plan_training(spec, config, {})
     with torch.device("meta"):
-        network = AutoModelForImageClassification.from_config(CONFIG_MAPPING[name](**config))
+        network = AutoModelForImageClassification.from_config(
+            CONFIG_MAPPING[name](**{**config, "architectures": [plan.architecture]})
+        )
     modules = dict(network.named_modules())
     for layer in plan.layers:
         assert tuple(modules[layer.name].weight.shape) == layer.shape

@@ -21,11 +21,10 @@ from quantry.base import SpecError
 from quantry.bundled import bundled_model
 from quantry.checkpoint_checks import leaving_link
 from quantry.contract import DatasetRef, ModelRef
-from quantry.convnets import conv_family_of, is_convnet
 from quantry.diffusion import INDEX, Component, pipeline_family_of, read_components
 from quantry.families import family_of
 from quantry.headers import HeaderError, read_header
-from quantry.vision import is_vision, vision_family_of
+from quantry.training_planning import classifier_family_of, is_trainable
 from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound
 from worker.models.tensors import shard_files
 from worker.workspace import Workspace
@@ -75,11 +74,8 @@ def check_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
         raise ModelError(f"{folder.name} has no config.json: it is not a transformers checkpoint")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        classifier = is_vision(config) or is_convnet(config)
-        if classifier:
-            vision_family_of(config) if is_vision(config) else conv_family_of(config)
-        else:
-            family_of(config)
+        classifier = is_trainable(config)
+        classifier_family_of(config) if classifier else family_of(config)
     except SpecError as error:
         raise ModelError(f"{error.path}: {error.detail}") from error
     except ValueError as error:

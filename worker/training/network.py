@@ -9,20 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification
 
-from quantry.cifar_resnet import CifarResNetConfig
+import quantry.cifar_resnet  # noqa: F401  (registers it)
 from quantry.layers.linear import QuantizedLinear
 from quantry.quantizers.activation import UniformQuantizer
 from quantry.quantizers.fixed_point import FixedPointQuantizer, code_range
+from quantry.training_planning import classifier_family_of
 from worker.errors import ModelError, NonFiniteError
 from worker.models.vision import load_classifier
 from worker.training.layers import FixedPointLayer, fixed_point_layers
-
-assert CifarResNetConfig.model_type  # importing it registers it
 
 
 def random_network(folder: Path, seed: int) -> Any:
     """The network of config.json with weights drawn as transformers draws them (convolutions: Kaiming's)."""
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if config.architectures is None:  # DeiT has two heads for images: transformers chooses by this
+        config.architectures = [classifier_family_of(config.to_dict()).architecture]
     torch.manual_seed(seed)
     return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
 

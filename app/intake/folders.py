@@ -94,9 +94,7 @@ def shard_names(index: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     return weight_map, files
 
 
-def read_folder(
-    folder: Path, roots: tuple[Path, ...] | None = None, *, weights: bool = True
-) -> Outside:
+def read_folder(folder: Path, roots: tuple[Path, ...] | None = None, *, weights: bool = True) -> Outside:
     """Config and tensors of a folder; no tensors if weights are not wanted.
 
     Raises ModelRefused, also for links that lead out of the roots.

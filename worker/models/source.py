@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,6 +35,17 @@ Role = Literal["calibration", "evaluation"]
 WANTED = ("*.json", "*.safetensors", "tokenizer.model", "*.txt", "*.jinja")
 VARIANTS = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors")  # copies that nobody reads
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".py")
+
+
+@contextmanager
+def refusing(folder: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a file of the checkpoint, as a ModelError that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
+        reason = said or type(error).__name__
+        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
 
 
 def resolve(ref: ModelRef, workspace: Workspace, *, weights: bool = True) -> Path:

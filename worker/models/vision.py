@@ -25,6 +25,7 @@ from quantry.vision_layers import UNREAD
 from worker.errors import ModelError, NonFiniteError
 from worker.models.calls import BlockCall
 from worker.models.network import join
+from worker.models.source import refusing
 
 BATCH_IMAGES = 32  # at most
 HEAD_WIDTH = 64  # as these networks have it
@@ -89,9 +90,10 @@ class _Block:
 
 def load_classifier(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The network of a checkpoint, whole. Raises ModelError if the tensors do not fit the architecture."""
-    model, info = AutoModelForImageClassification.from_pretrained(
-        folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
-    )
+    with refusing(folder, "the checkpoint"):
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         wrong = sorted(name for name in map(str, info[kind]) if not UNREAD.search(name))
         if wrong:

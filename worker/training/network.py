@@ -15,17 +15,20 @@ from quantry.quantizers.activation import UniformQuantizer
 from quantry.quantizers.fixed_point import FixedPointQuantizer, code_range
 from quantry.training_planning import classifier_family_of
 from worker.errors import ModelError, NonFiniteError
+from worker.models.source import refusing
 from worker.models.vision import load_classifier
 from worker.training.layers import FixedPointLayer, fixed_point_layers
 
 
 def random_network(folder: Path, seed: int) -> Any:
     """The network of config.json with weights drawn as transformers draws them (convolutions: Kaiming's)."""
-    config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with refusing(folder, "config.json"):
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if config.architectures is None:  # DeiT has two heads for images: transformers chooses by this
         config.architectures = [classifier_family_of(config.to_dict()).architecture]
     torch.manual_seed(seed)
-    return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
+    with refusing(folder, "config.json"):
+        return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
 
 
 def checkpoint_network(folder: Path) -> Any:

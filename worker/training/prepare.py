@@ -16,6 +16,7 @@ from quantry.contract import JobSpec
 from quantry.jobs import State
 from quantry.training import FixedPointTrainingStep
 from quantry.training_planning import TrainingPlan, plan_training
+from quantry.vision import is_vision
 from worker.calibration.images import ImageSet, check_labels, load_images, pixels
 from worker.errors import DatasetError, ModelError, RecipeError
 from worker.models.source import check_folder, resolve
@@ -85,6 +86,7 @@ def prepare_training(spec: JobSpec, workspace: Workspace, progress: Progress) ->
     trained, held, judged, warnings = _image_sets(plan, workspace, progress)
     progress.stage(State.PREPARING, "processing the training images")
     images = training_images(trained, folder, channels, progress.advance)
+    _check_size(plan, config, images, folder)
     validation = None if held is None else training_images(held, folder, channels, progress.advance)
     evaluation = None
     if judged is not None:
@@ -108,6 +110,17 @@ def prepare_training(spec: JobSpec, workspace: Workspace, progress: Progress) ->
         fingerprint=fingerprint_of(plan.spec, files, arrays, device=device, dtype=torch.float32),
         warnings=warnings,
     )
+
+
+def _check_size(plan: TrainingPlan, config: dict[str, Any], images: TrainingImages, folder: Path) -> None:
+    """That the processor makes images of the size that a network of tokens was made for. Raises ModelError."""
+    made = images.pixels(torch.tensor([0]))[0]
+    free = config["model_type"] == "dinov2" or not is_vision(config)
+    if made.numel() != plan.pixels and not free:
+        raise ModelError(
+            f"{folder.name}: preprocessor_config.json makes images of {made.shape[1]}x{made.shape[2]}, config.json "
+            f"says {config.get('image_size')}: make them agree"
+        )
 
 
 def _start_files(workspace: Workspace) -> Iterator[Path]:

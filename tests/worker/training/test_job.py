@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import write_processor
 from training_jobs import artifact, train, trained, training
 
 import quantry
@@ -268,10 +269,14 @@ def test_data_and_recipes_that_do_not_fit_are_refused(workspace: Workspace) -> N
     np.savez(file, images=np.concatenate([images[:9], images[:1]]), labels=labels[:10])
     with pytest.raises(DatasetError, match="stand among"):
         trained(workspace, request)
+    training(workspace, "vit")
     np.savez(file, images=images[:2], labels=labels[:2])
     with pytest.raises(DatasetError, match="batch norm"):
         trained(workspace, training(workspace, evaluation=None))
     with pytest.raises(DatasetError, match=r"recipe\.0\.samples"):
         trained(workspace, training(workspace, step={"samples": 500}))
+    write_processor(workspace.model_roots[0] / "vit", 8, 3)
+    with pytest.raises(ModelError, match="make them agree"):
+        trained(workspace, training(workspace, "vit", evaluation=None))
     with pytest.raises(RecipeError, match=r"recipe\.0\.batch_size"):
         trained(workspace, training(workspace, step={"batch_size": 1}))

@@ -10,17 +10,17 @@ from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-_REGISTRY = (
-    "transformers.modeling_utils"  # once it is there, so are the tables of quantizers and of attentions
-)
-_HOOK = "quantry.hf"  # importing it adds ours to those tables
+_HOOKS = {  # once the first is there, importing the second adds what is ours to its tables
+    "transformers.modeling_utils": "quantry.hf",  # quantizers and attentions
+    "transformers.models.auto.modeling_auto": "quantry.cifar_resnet",  # a model type
+}
 
 
 class _RegisterAfter(Loader):
-    """Runs the module as its own loader would, then adds the `quantry` format to its tables."""
+    """Runs the module as its own loader would, then adds what is ours to its tables."""
 
-    def __init__(self, loader: Loader) -> None:
-        self._loader = loader
+    def __init__(self, loader: Loader, hook: str) -> None:
+        self._loader, self._hook = loader, hook
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -30,27 +30,35 @@ class _RegisterAfter(Loader):
         module.__loader__ = self._loader
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
-        importlib.import_module(_HOOK)
+        if importlib.util.find_spec("torch") is not None:
+            importlib.import_module(self._hook)
 
 
 class _Finder(MetaPathFinder):
-    """Finds one module only, once, and steps aside for everything else."""
+    """Finds a few modules, each once, and steps aside for everything else."""
+
+    def __init__(self, hooks: dict[str, str]) -> None:
+        self._hooks = hooks
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _REGISTRY:
+        hook = self._hooks.pop(fullname, None)
+        if hook is None:
             return None
-        sys.meta_path.remove(self)
+        if not self._hooks:
+            sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _RegisterAfter(spec.loader)
+            spec.loader = _RegisterAfter(spec.loader, hook)
         return spec
 
 
 def register_with_transformers() -> None:
     """Idempotent; imports nothing unless transformers can already load models."""
-    if _REGISTRY in sys.modules:
-        importlib.import_module(_HOOK)
-    elif not any(isinstance(finder, _Finder) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Finder())
+    for registry, hook in _HOOKS.items():
+        if registry in sys.modules:
+            importlib.import_module(hook)
+    waiting = {registry: hook for registry, hook in _HOOKS.items() if registry not in sys.modules}
+    if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder(waiting))

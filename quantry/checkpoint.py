@@ -18,8 +18,10 @@ from transformers import (
     AutoModelForImageClassification,
 )
 
-import quantry.hf  # noqa: F401  (registers the format)
+import quantry.cifar_resnet
+import quantry.hf  # noqa: F401  (both register what is theirs)
 from quantry.checkpoint_errors import CheckpointError
+from quantry.convnets import CONV_FAMILIES
 from quantry.diffusion import SIDECAR
 from quantry.pipelines import load_pipeline
 from quantry.reports import Manifest
@@ -75,6 +77,7 @@ def load(
 def _auto_class(config: dict[str, Any]) -> Any:
     """The class of transformers that opens a folder with this config.json."""
     classifiers = {family.architecture for family in VISION_FAMILIES.values()}
+    classifiers |= {family.architecture for family in CONV_FAMILIES.values()}
     wanted = set(config.get("architectures") or ())
     return AutoModelForImageClassification if wanted & classifiers else AutoModelForCausalLM
 

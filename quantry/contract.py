@@ -28,6 +28,7 @@ from quantry.recipe import (
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
+    TrainingStep,
     UniformStep,
     WeightStep,
     check_recipe,
@@ -182,8 +183,18 @@ class JobSpec(Model):
     labels: dict[Label, Label] = Field({}, max_length=32)
 
     @property
+    def training_step(self) -> TrainingStep | None:
+        """The step of a job that trains; it is the only one then."""
+        return next((step for step in self.recipe if isinstance(step, TrainingStep)), None)
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether the checkpoint's weights are looked at: not if they are drawn anew."""
+        return self.training_step is None or self.training_step.init != "random"
+
+    @property
     def weight_step(self) -> WeightStep:
-        """The one step that quantizes the weights; the validator sees to it that there is one."""
+        """The one step that quantizes the weights; a job that trains has none."""
         return next(step for step in self.recipe if isinstance(step, WeightStep))
 
     @property
@@ -235,6 +246,7 @@ class JobRequest(Model):
             "smoothquant",
             "softmax_bias",
             "accuquant",
+            "fixed_point_training",
         ]
         | None
     ) = Field(
@@ -258,6 +270,7 @@ class JobRequest(Model):
 
     def resolve(self) -> JobSpec:
         """The full form. Raises SpecError, naming the field."""
+        self._check_training()
         model = ModelRef.parse(self.model) if isinstance(self.model, str) else self.model
         short = {"bits", "method", "correction", "group_size", "symmetric"}
         rest = {name: getattr(self, name) for name in type(self).model_fields if name not in short}
@@ -279,11 +292,29 @@ class JobRequest(Model):
             raise ValueError("give `bits` (with `method` and `correction`), or a `recipe`")
         return self
 
+    def _check_training(self) -> None:
+        """Refuse what a job that trains would not look at. Raises SpecError."""
+        short = self.method == "fixed_point_training"
+        if short:
+            for name in ("correction", "group_size", "symmetric"):
+                if getattr(self, name) is not None:
+                    raise SpecError(
+                        name, "fixed_point_training learns one symmetric grid a layer: leave this out"
+                    )
+        trains = short or any(isinstance(step, TrainingStep) for step in self.recipe or ())
+        if trains and "samples" in self.calibration.model_fields_set:
+            raise SpecError(
+                "calibration.samples",
+                "training takes every image of the dataset: leave this out, or set `samples` of the recipe's step",
+            )
+
     def _recipe(self) -> tuple[Step, ...]:
         assert self.bits is not None  # _one_form
         method = self.method or "gptq"
         if method in ("adaround", "accuquant"):
             return self._along_trajectories(method)
+        if method == "fixed_point_training":
+            return (TrainingStep(bits=self.bits),)
         symmetric = self.symmetric if self.symmetric is not None else self.format != "gptq"
         grid: dict[str, Any] = {"bits": self.bits, "group_size": self.group_size, "symmetric": symmetric}
         steps: list[Step] = []
@@ -342,6 +373,10 @@ def resolve_format(wanted: Format, spec: JobSpec) -> Literal["compressed-tensors
     `auto` is compressed-tensors where it is exact (symmetric weights, int-quantized for SmoothQuant), else
     quantry. The model may still move `auto` to quantry later, if the format has no place for its layers or biases.
     """
+    if spec.training_step is not None:
+        if wanted not in ("auto", "quantry"):
+            raise SpecError("format", f"{wanted} has no place for quantized activations: use quantry or auto")
+        return "quantry"
     weights, compensation, activation = spec.weight_step, spec.compensation, spec.activation_step
     per_position = compensation is not None and compensation.granularity == "position_channel"
     integer = isinstance(activation, SmoothquantStep) and weights.group_size is None and weights.bits == 8
@@ -385,7 +420,7 @@ class MethodInfo(Model):
 
     method: str
     title: str
-    role: Literal["weights", "activations", "correction"]
+    role: Literal["weights", "activations", "correction", "training"]
     families: tuple[str, ...]
     formats: tuple[str, ...]
     cost: Literal["none", "light", "medium", "heavy"]

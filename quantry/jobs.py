@@ -105,7 +105,7 @@ class JobPage(Model):
 
 
 class Event(Model):
-    """One thing that happened to a job. `kind`: state, progress, log, warning, block, result."""
+    """One thing that happened to a job. `kind`: state, progress, log, warning, block, epoch, result."""
 
     id: int
     at: datetime

@@ -2,7 +2,8 @@
 
 The arrays are `images` and `labels`, to be split by whoever reads them, or a split of the file's own: `x_calib`
 (else `x_train`) and `x_test` with labels `y_...`. Images are uint8, (N, H, W) or (N, H, W, C) with C 1 or 3;
-labels are integers (N,). The npy format is documented at https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
+labels are integers (N,). Or JPEG and PNG files joined: `jpeg` uint8 (bytes,), `offset` integers (N + 1,), where image
+i is jpeg[offset[i]:offset[i + 1]], and labels `y`, to be split likewise. The npy format is documented at https://numpy.org/doc/stable/reference/generated/numpy.lib.format.html
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ MAX_SIDE = 16_384  # pixels
 _MAGIC = b"\x93NUMPY"
 _INTEGERS = {"u1": "B", "u2": "H", "u4": "I", "u8": "Q", "i1": "b", "i2": "h", "i4": "i", "i8": "q"}
 _SPLITS: Mapping[Split, tuple[tuple[str, str], ...]] = {
-    "all": (("images", "labels"),),
+    "all": (("images", "labels"), ("jpeg", "y")),
     "train": (("x_calib", "y_calib"), ("x_train", "y_train")),
     "test": (("x_test", "y_test"),),
 }
@@ -48,14 +49,18 @@ class ArrayInfo:
 
 @dataclass(frozen=True)
 class ImageArrays:
-    """Images and the labels that belong to them, None where the file has none."""
+    """Images and the labels that belong to them, None where the file has none.
+
+    offsets: where each image begins and ends, if `images` are the bytes of joined files; else None.
+    """
 
     images: ArrayInfo
     labels: ArrayInfo | None
+    offsets: ArrayInfo | None = None
 
     @property
     def count(self) -> int:
-        return self.images.shape[0]
+        return self.images.shape[0] if self.offsets is None else self.offsets.shape[0] - 1
 
 
 def read_layout(file: Path, name: str) -> dict[Split, ImageArrays]:
@@ -72,17 +77,28 @@ def read_layout(file: Path, name: str) -> dict[Split, ImageArrays]:
             pair = next((pair for pair in pairs if pair[0] in arrays), None)
             if pair is not None:
                 headers = [_header(archive, arrays[key], name) for key in pair if key in arrays]
-                found[split] = _checked(headers[0], headers[1] if len(headers) > 1 else None, name)
+                labels = headers[1] if len(headers) > 1 else None
+                if pair[0] != "jpeg":
+                    found[split] = _checked(headers[0], labels, name)
+                elif "offset" in arrays:
+                    offsets = _header(archive, arrays["offset"], name)
+                    found[split] = _checked_files(headers[0], labels, offsets, name)
+                else:
+                    raise ArchiveError(
+                        f"{name} has `jpeg` without `offset`: where each image begins and ends"
+                    )
     if not found:
         have = ", ".join(sorted(arrays)[:8]) or "none"
-        raise ArchiveError(f"{name} has no array `images`, `x_calib`, `x_train` or `x_test`; it has {have}")
+        raise ArchiveError(
+            f"{name} has no array `images`, `x_calib`, `x_train`, `x_test` or `jpeg`; it has {have}"
+        )
     if "all" in found and len(found) > 1:
         raise ArchiveError(f"{name} has `images` beside a split of its own: leave one of them out")
     return found
 
 
 def read_labels(file: Path, name: str, info: ArrayInfo) -> array[int]:
-    """The labels of an array that `read_layout` found. Raises ArchiveError."""
+    """The labels, or offsets, that `read_layout` found. Raises ArchiveError."""
     with opened(file, name) as archive, archive.open(_member(archive, info.name)) as content:
         _read_header(content, f"{name}, {info.name}")
         data = content.read(info.nbytes)
@@ -152,3 +168,23 @@ def _checked(images: ArrayInfo, labels: ArrayInfo | None, name: str) -> ImageArr
             f"{name}, {labels.name}: of shape {labels.shape}; {shape[0]} images need ({shape[0]},)"
         )
     return ImageArrays(images, labels)
+
+
+def _checked_files(files: ArrayInfo, labels: ArrayInfo | None, offsets: ArrayInfo, name: str) -> ImageArrays:
+    """Joined files; what `offset` says is looked at when they are read."""
+    if files.descr[1:] != "u1" or len(files.shape) != 1:
+        raise ArchiveError(
+            f"{name}, {files.name}: of type {files.descr} and shape {files.shape}; bytes are uint8 (n,)"
+        )
+    if len(offsets.shape) != 1 or not 2 <= offsets.shape[0] <= MAX_IMAGES + 1:
+        raise ArchiveError(
+            f"{name}, {offsets.name}: of shape {offsets.shape}, not (N + 1,) with 1 to {MAX_IMAGES} images"
+        )
+    if files.nbytes > MAX_PIXEL_BYTES:
+        raise ArchiveError(f"{name}, {files.name}: {files.nbytes} bytes; the limit is {MAX_PIXEL_BYTES}")
+    if labels is not None and labels.shape != (offsets.shape[0] - 1,):
+        raise ArchiveError(
+            f"{name}, {labels.name}: of shape {labels.shape}; {offsets.shape[0] - 1} images need "
+            f"({offsets.shape[0] - 1},)"
+        )
+    return ImageArrays(files, labels, offsets)

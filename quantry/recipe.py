@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from quantry.base import Bits, Model, SpecError
+from quantry.training import FixedPointTrainingStep
 
 Clip = Literal["none", "mse", "percentile"]
 
@@ -241,17 +242,28 @@ class NoiseCorrectionStep(Model):
 WeightStep = RtnStep | GptqStep | AdaroundStep | SvdquantStep
 ActivationStep = UniformStep | Ptq4vitStep | RepqStep | AdalogStep | IgqStep | SmoothquantStep
 CorrectionStep = BiasCompensationStep | SoftmaxBiasStep | AccuquantStep | NoiseCorrectionStep
-Step = Annotated[WeightStep | ActivationStep | CorrectionStep, Field(discriminator="method")]
+TrainingStep = FixedPointTrainingStep
+Step = Annotated[WeightStep | ActivationStep | CorrectionStep | TrainingStep, Field(discriminator="method")]
 WEIGHT_METHODS = ("rtn", "gptq", "adaround", "svdquant")
 ACTIVATION_METHODS = ("uniform", "ptq4vit", "repq", "adalog", "igq", "smoothquant")
 CORRECTION_METHODS = ("bias_compensation", "softmax_bias", "accuquant", "noise_correction")
+TRAINING_METHODS = ("fixed_point_training",)
 
 
 def check_recipe(recipe: tuple[Step, ...]) -> None:
-    """One weight step, first; then at most one activation step; then each correction at most once.
+    """One weight step, first; then at most one activation step; then each correction at most once. Or training, alone.
 
     Raises SpecError, also for a `percentile` that the step's clip would not look at.
     """
+    trained = next((i for i, step in enumerate(recipe) if step.method in TRAINING_METHODS), None)
+    if trained is not None and len(recipe) > 1:
+        raise SpecError(
+            f"recipe.{trained}",
+            f"`{recipe[trained].method}` trains weights and activations on their grids by itself: it stands alone "
+            "(`init` starts it from another job's result)",
+        )
+    if trained is not None:
+        return
     if recipe[0].method not in WEIGHT_METHODS:
         raise SpecError(
             "recipe.0",

@@ -164,6 +164,67 @@ class CostReport(Model):
     quantize_cpu_s: float | None = None
 
 
+class EpochReport(Model):
+    """One epoch of training: means over its batches; accuracies are shares.
+
+    gamma: half-width of the grid of each layer's gradient over the largest gradient, after the epoch.
+    large_gradient_error, gradient_error: mean |g - g_hat| / max|g| of the epoch's last batch, over the top share alpha
+    of the gradients and over all; a layer without a gradient is left out.
+    """
+
+    epoch: int
+    loss: float
+    accuracy: float
+    learning_rate: float
+    validation_loss: float | None = None
+    validation_accuracy: float | None = None
+    gamma: dict[str, float] = Field(default_factory=dict)
+    large_gradient_error: dict[str, float] = Field(default_factory=dict)
+    gradient_error: dict[str, float] = Field(default_factory=dict)
+    seconds: float
+
+
+class TrainedLayerReport(Model):
+    """A layer that trained in fixed point.
+
+    gradients: of a batch. active: whether they were enough for the large-gradient rule; null: another rule, or none.
+    weight_range, input_range: learned. signed: whether its inputs have a sign.
+    """
+
+    name: str
+    gradients: int
+    active: bool | None
+    weight_range: float
+    input_range: float
+    signed: bool
+
+
+class KeptLayerReport(Model):
+    """A layer that stayed in full precision, and why."""
+
+    name: str
+    reason: str
+
+
+class TrainingReport(Model):
+    """How a network was trained, and the same training in full precision where the job asked for `fp`.
+
+    kept_epoch: whose weights the artifact has. stopped: why before the last epoch, null if not.
+    """
+
+    init: str
+    images: int
+    validation_images: int
+    batch_size: int
+    interval: str | None
+    kept_epoch: int
+    stopped: str | None = None
+    epochs: tuple[EpochReport, ...]
+    fp_epochs: tuple[EpochReport, ...] = ()
+    layers: tuple[TrainedLayerReport, ...]
+    kept: tuple[KeptLayerReport, ...]
+
+
 class LayerPlan(Model):
     """What a dry run says of one layer."""
 
@@ -202,6 +263,7 @@ class Report(Model):
     operands: tuple[OperandReport, ...] = ()
     bit_operations: BitOperations | None = None
     trajectory: TrajectoryReport | None = None
+    training: TrainingReport | None = None
     cost: CostReport
     estimate: dict[str, Any] = Field(default_factory=dict)
     environment: dict[str, str]

@@ -9,6 +9,7 @@ from typing import Any
 from quantry.base import Metric, SpecError
 from quantry.checkpoint_checks import refuse_diffusion
 from quantry.contract import DatasetRef, JobSpec
+from quantry.convnets import is_convnet
 from quantry.headers import TensorInfo
 from quantry.recipe import dividing_group_sizes
 from quantry.reports import Estimate, LayerPlan
@@ -70,12 +71,17 @@ class VisionPlan:
 
 def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> VisionPlan:
     """Check a job against its classifier. Raises SpecError, naming the field and the layer."""
+    if is_convnet(config):
+        raise SpecError(
+            "recipe.0",
+            f"`{spec.recipe[0].method}` does not work on a {config['model_type']}: use `fixed_point_training`, alone",
+        )
     if config.get("quantization_config"):
         raise SpecError("model", "the checkpoint is already quantized; give the full-precision one")
     family = vision_family_of(config)
     _check_recipe(spec, config)
     classes = class_count(config)
-    resolved = _resolve(spec, classes)
+    resolved = resolve_images(spec, classes)
     named = tensors_in_memory(tensors)
     check_tensors(family, config, named)
     layers = {name: info for name, info in named.items() if is_quantized(name)}
@@ -121,7 +127,7 @@ def estimate_vision(
         evaluation_images: how many the evaluation could take, None where that is not known.
         loaded_bytes: of the arrays of images that are read whole before some are chosen.
     """
-    evaluated, warnings = _evaluated(plan.spec, evaluation_images), plan.warnings
+    evaluated, warnings = evaluated_images(plan.spec, evaluation_images), plan.warnings
     if evaluated is None:
         warnings = (
             *warnings,
@@ -144,7 +150,7 @@ def estimate_vision(
     )
 
 
-def _evaluated(spec: JobSpec, available: int | None) -> int | None:
+def evaluated_images(spec: JobSpec, available: int | None) -> int | None:
     """Images that will be evaluated, at most; None where that is not known."""
     if spec.evaluation is None:
         return 0
@@ -242,8 +248,8 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
         raise SpecError("compute_dtype", "classifiers run in float32: leave it out")
 
 
-def _resolve(spec: JobSpec, classes: int) -> JobSpec:
-    """The spec with its open settings filled in. Raises SpecError."""
+def resolve_images(spec: JobSpec, classes: int) -> JobSpec:
+    """The spec with its images and metrics filled in. Raises SpecError."""
     calibration = spec.calibration.model_copy(update={"dataset": _images(spec, "calibration")})
     for role, part in (("calibration", spec.calibration), ("evaluation", spec.evaluation)):
         if part is not None and part.sequence_length is not None:

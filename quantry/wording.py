@@ -15,6 +15,7 @@ from quantry.recipe import (
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
+    TrainingStep,
     UniformStep,
     WeightStep,
 )
@@ -65,6 +66,7 @@ METHODS = {
     "igq": MethodName("IGQ-ViT", "Moon et al. 2024", "2404.00928"),
     "smoothquant": MethodName("SmoothQuant", "Xiao et al. 2022", "2211.10438"),
     "bias_compensation": MethodName("bias compensation", "Gong et al. 2024", "2404.01892"),
+    "fixed_point_training": MethodName("fixed-point training", "Kim et al. 2024", "2407.12637"),
     "softmax_bias": MethodName("softmax bias correction", "Pandey et al. 2023", "2309.01729"),
     "accuquant": MethodName("AccuQuant", "Lee et al. 2025", "2510.20348"),
     "noise_correction": MethodName("noise correction", "He et al. 2023", "2305.10657"),
@@ -204,6 +206,8 @@ def _step_text(step: Step) -> str:
         return f"{name}, {step.group} steps a group" + (
             ", exact gradient" if step.gradient == "exact" else ""
         )
+    if isinstance(step, TrainingStep):
+        return f"{name} {training_bits_text(step)}, {step.epochs} epochs"
     words = [f"{name} {step.bits} bits"]
     if isinstance(step, WeightStep):
         if step.group_size:
@@ -217,6 +221,13 @@ def _step_text(step: Step) -> str:
     if isinstance(step, ActivationGrid) and step.softmax_bits:
         words.append(f"softmax {step.softmax_bits} bits")
     return ", ".join(words)
+
+
+def training_bits_text(step: TrainingStep) -> str:
+    """Bits of weights, activations and gradients: 4/4/4; 4/4/32 where gradients stay as they are."""
+    grid = step.gradient
+    gradient = 32 if grid is None else grid.bits or step.bits
+    return f"{step.bits}/{step.activation_bits or step.bits}/{gradient}"
 
 
 def _signed(text: str) -> str:

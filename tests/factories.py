@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, PreTrainedTokenizerFast
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+import quantry.cifar_resnet  # noqa: F401  (registers it)
 from quantry.vision import VISION_FAMILIES
 
 CHARACTERS = "\n !\"'(),-.:;?abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVW"
@@ -87,6 +88,28 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
     },
 }
 
+CONVNETS: dict[str, dict[str, Any]] = {
+    "resnet": {
+        **_IMAGES,
+        "embedding_size": 8,
+        "hidden_sizes": [8, 16],
+        "depths": [1, 1],
+        "layer_type": "basic",
+    },
+    "mobilenet_v2": {**_IMAGES, "image_size": 32, "depth_multiplier": 0.1, "classifier_dropout_prob": 0.2},
+    "cifar_resnet": {**_IMAGES, "depths": [1, 1], "widths": [8, 16]},
+}
+
+
+def write_convnet(folder: Path, name: str, **changes: Any) -> Path:
+    """A model of CONVNETS with the weights that its class starts from, and an image processor."""
+    torch.manual_seed(0)
+    known = {**CONVNETS[name], **changes}
+    model = AutoModelForImageClassification.from_config(CONFIG_MAPPING[name](**known))
+    model.save_pretrained(folder)
+    write_processor(folder, known["image_size"], known["num_channels"])
+    return folder
+
 
 def write_classifier(folder: Path, name: str, **changes: Any) -> Path:
     """A model of CLASSIFIERS with lively random weights, saved as transformers saves it, with an image processor."""
@@ -98,18 +121,22 @@ def write_classifier(folder: Path, name: str, **changes: Any) -> Path:
         noise = torch.randn_like(parameter) * 0.15
         parameter.data = parameter.data + noise if parameter.dim() == 1 else noise
     model.save_pretrained(folder)
-    size = {"height": known["image_size"], "width": known["image_size"]}
+    write_processor(folder, known["image_size"], known["num_channels"])
+    return folder
+
+
+def write_processor(folder: Path, side: int, channels: int) -> None:
+    """An image processor that resizes to side x side and maps pixels to [-1, 1]."""
     processor = {
         "image_processor_type": "ViTImageProcessor",
         "do_normalize": True,
         "do_rescale": True,
         "do_resize": True,
-        "image_mean": [0.5] * known["num_channels"],
-        "image_std": [0.5] * known["num_channels"],
-        "size": size,
+        "image_mean": [0.5] * channels,
+        "image_std": [0.5] * channels,
+        "size": {"height": side, "width": side},
     }
     (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
 
 
 def write_checkpoint(folder: Path, name: str, *, dtype: torch.dtype = torch.float32, **changes: Any) -> Path:

@@ -53,6 +53,13 @@ class NonFiniteError(CalibrationError):
     title = "The model produced NaN or infinity"
 
 
+class TrainingDiverged(QuantizationError):
+    """The loss or a gradient became NaN or infinite; the message says at which step and in which layer."""
+
+    type = "training-diverged"
+    title = "Training diverged"
+
+
 class RecipeError(QuantizationError):
     """The recipe does not fit this model."""
 

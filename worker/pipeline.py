@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import importlib
-import platform
-import resource
 import shutil
-import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch
 import torch
-import transformers
 from torch import Tensor
 
-import quantry
 from quantry.contract import JobSpec
 from quantry.costs import estimate
 from quantry.diffusion import INDEX
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
-from quantry.reports import BitOperations, CostReport, Manifest, QualityRow, Report, SizeReport
+from quantry.reports import BitOperations, Manifest, QualityRow, Report, SizeReport
 from quantry.vision_planning import VisionPlan, estimate_vision
 from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore
@@ -37,6 +30,7 @@ from worker.methods.bops import count, model_products
 from worker.models.causal_lm import CausalLM
 from worker.models.source import check_folder, resolve
 from worker.models.vision import VisionModel
+from worker.outcome import clock, cost, environment, gate, whole_or_gone
 from worker.prepare import Prepared, prepare
 from worker.progress import Progress
 from worker.report import write_report
@@ -50,17 +44,18 @@ REFERENCE = (2, 64)  # windows and tokens of the batch on which the written chec
 # Jobs that no block sweep runs: what they are, and the module whose `run` takes them, imported only then.
 _OTHERS: tuple[tuple[Callable[[JobSpec, Path], bool], str], ...] = (
     (lambda spec, folder: (folder / INDEX).is_file(), "worker.diffusion.job"),
+    (lambda spec, folder: spec.training_step is not None, "worker.training.job"),
 )
 
 
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | Rejected:
     """Run one job. Raises QuantizationError and its kinds; what it wrote is then of no use to anybody."""
-    began = time.perf_counter(), time.process_time()
+    began = clock()
     if workspace.threads is not None:
         torch.set_num_threads(workspace.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
     progress.stage(State.PREPARING, "resolving the model")
-    folder = resolve(spec.model, workspace)
+    folder = resolve(spec.model, workspace, weights=spec.reads_weights)
     for concerns, module in _OTHERS:
         if concerns(spec, folder):
             other: Succeeded | Rejected = importlib.import_module(module).run(spec, workspace, progress)
@@ -82,22 +77,12 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         baseline=found.baseline,
     )
     result = sweep.run()
-    with _whole_or_gone(workspace.artifact):
+    with whole_or_gone(workspace.artifact):
         report, manifest = _package(job, sweep, result, found, workspace, progress, began)
-    missed = _gate(spec, report.quality)
+    missed = gate(spec, report.quality)
     if missed:
         return Rejected(report=report, manifest=manifest, detail=missed)
     return Succeeded(report=report, manifest=manifest)
-
-
-@contextmanager
-def _whole_or_gone(folder: Path) -> Iterator[None]:
-    """Leave no part of an artifact behind if anything goes wrong."""
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def _package(
@@ -233,9 +218,9 @@ def _report(
         blocks=result.blocks,
         operands=found.operands,
         bit_operations=_bit_operations(job, sweep),
-        cost=_cost(job, result, began),
+        cost=cost(began, job.model.device, (result.cost.wall_s, result.cost.cpu_s)),
         estimate=_estimate(job),
-        environment=_environment(job),
+        environment=environment(job.model.device, job.model.dtype),
         fingerprint=job.fingerprint,
         format=job.plan.format,
         warnings=(*job.warnings, *ladder),
@@ -304,19 +289,6 @@ def _added_bytes(layer: QuantizedLayer) -> int:
     return channel + (0 if layer.position_bias is None else layer.position_bias.numel() * 4)
 
 
-def _cost(job: Prepared, result: SweepResult, began: tuple[float, float]) -> CostReport:
-    cuda = job.model.device.type == "cuda"
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return CostReport(
-        wall_s=time.perf_counter() - began[0],
-        cpu_s=time.process_time() - began[1],
-        peak_rss_bytes=peak * (1 if sys.platform == "darwin" else 1024),
-        peak_device_bytes=torch.cuda.max_memory_allocated() if cuda else None,
-        quantize_wall_s=result.cost.wall_s,
-        quantize_cpu_s=result.cost.cpu_s,
-    )
-
-
 def _estimate(job: Prepared) -> dict[str, object]:
     names = {"quantized_bytes", "effective_bits", "peak_memory_bytes", "seconds_low", "seconds_high"}
     cuda = job.model.device.type == "cuda"
@@ -333,36 +305,3 @@ def _estimate(job: Prepared) -> dict[str, object]:
         evaluation_bytes=None if job.evaluation is None else 4 * job.evaluation.numel(),
     )
     return found.model_dump(mode="json", include=names)
-
-
-def _environment(job: Prepared) -> dict[str, str]:
-    return {
-        "quantry": quantry.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if job.model.device.type == "cuda" else platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "compute_dtype": str(job.model.dtype).removeprefix("torch."),
-    }
-
-
-def _gate(spec: JobSpec, quality: tuple[QualityRow, ...]) -> str | None:
-    """Why the result misses the quality gate of the job, or None."""
-    limit, drop = spec.accept.perplexity_increase_max, spec.accept.accuracy_drop_max
-    for row in quality:
-        if row.fp is None or row.quantized is None:
-            continue
-        if drop is not None and row.metric == "top1" and row.quantized < row.fp - drop:
-            return (
-                f"top1 on {row.dataset} fell by {100 * (row.fp - row.quantized):.2f} points, "
-                f"{100 * drop:.2f} are accepted (accept.accuracy_drop_max)"
-            )
-        if limit is None or row.metric != "perplexity":
-            continue
-        if row.quantized > row.fp * (1 + limit):
-            return (
-                f"{row.metric} on {row.dataset} rose by {row.quantized / row.fp - 1:.2%}, "
-                f"{limit:.2%} is accepted (accept.perplexity_increase_max)"
-            )
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from quantry.contract import JobSpec
 from quantry.jobs import State
 from quantry.layers.operands import ATTENTION
 from quantry.planning import Plan, plan
-from quantry.vision import is_vision
+from quantry.training_planning import is_trainable
 from quantry.vision_planning import VisionPlan, plan_vision
 from worker.calibration.images import ImageSet, calibration_images, check_labels, load_images, pixels
 from worker.calibration.images import overlap as overlap_of_images
@@ -65,7 +66,8 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Prepared
     tensors = {name: info for shard in read_headers(folder).values() for name, info in shard.items()}
     config = check_folder(folder)
     try:
-        planned = plan_vision(spec, config, tensors) if is_vision(config) else plan(spec, config, tensors)
+        classifier = is_trainable(config)
+        planned = plan_vision(spec, config, tensors) if classifier else plan(spec, config, tensors)
     except SpecError as error:
         raise RecipeError(f"{error.path}: {error.detail}") from error
     device = device_of(spec, workspace)
@@ -107,7 +109,7 @@ def _classifier(
     held = load_images(spec.evaluation.dataset, "evaluation", workspace)
     held = held.take(range(min(len(held), spec.evaluation.samples or len(held))))
     check_labels(held, model.classes, "evaluation")
-    warnings = _overlapping(images, held, allowed=spec.evaluation.allow_overlap, progress=progress)
+    warnings = overlapping(images, held, allowed=spec.evaluation.allow_overlap, progress=progress)
     judge = ClassifierJudge(torch.as_tensor(held.labels), spec.evaluation.metrics or ())
     progress.stage(State.PREPARING, "processing the evaluation images")
     evaluation = pixels(held, folder, channels, progress.advance)
@@ -124,7 +126,7 @@ def _check_size(model: VisionModel, images: Tensor) -> None:
         )
 
 
-def _overlapping(
+def overlapping(
     calibration: ImageSet, evaluation: ImageSet, *, allowed: bool, progress: Progress
 ) -> list[str]:
     """A warning for each kind of overlap. Raises DatasetError for more than is allowed."""
@@ -152,7 +154,13 @@ def _prepared(
     warnings = [*planned.warnings, *warnings]
     for text in warnings:
         progress.event("warning", {"message": text})
-    fingerprint = _fingerprint(planned.spec, folder, model, calibration, evaluation)
+    fingerprint = fingerprint_of(
+        planned.spec,
+        [folder / "config.json", *shard_files(folder)],
+        (calibration, evaluation),
+        device=model.device,
+        dtype=model.dtype,
+    )
     return Prepared(
         planned.spec, planned, folder, model, calibration, evaluation, name, judge, fingerprint, warnings
     )
@@ -235,17 +243,22 @@ def multiplies_bfloat16(device: torch.device) -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def _fingerprint(
-    spec: JobSpec, folder: Path, model: Network, calibration: Tensor | None, evaluation: Tensor | None
+def fingerprint_of(
+    spec: JobSpec,
+    files: Iterable[Path],
+    arrays: Iterable[Tensor | None],
+    *,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> str:
-    """A digest of everything that the quantized bytes depend on."""
+    """A digest of everything that the quantized bytes depend on: the recipe, the model's files, the data."""
     digest = hashlib.sha256()
     recipe = spec.model_dump_json(include={"recipe", "calibration", "evaluation"})
-    for part in (quantry.__version__, torch.__version__, str(model.device), str(model.dtype), recipe):
+    for part in (quantry.__version__, torch.__version__, str(device), str(dtype), recipe):
         digest.update(f"{part}\n".encode())
-    for windows in (calibration, evaluation):
-        digest.update(b"-" if windows is None else windows.numpy().tobytes())
-    for file in [folder / "config.json", *shard_files(folder)]:
+    for array in arrays:
+        digest.update(b"-" if array is None else array.numpy().tobytes())
+    for file in files:
         with file.open("rb") as content:
             digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()

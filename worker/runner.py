@@ -139,6 +139,7 @@ class Runner:
             cache=self.settings.cache,
             model_roots=self.settings.model_roots,
             uploads={name: self.storage.blob(*blob) for name, blob in claim.uploads.items()},
+            start=self.storage.artifact(claim.start) if claim.start else None,
             hub_url=self.settings.hub_url,
             offline=self.settings.offline,
             device=self.device if wanted == "auto" else wanted,

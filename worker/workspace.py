@@ -17,7 +17,8 @@ class Workspace(Model):
     job: the id that the manifest names. artifact: an empty folder for this attempt's files.
     checkpoints: kept between the attempts of a job, so that a later attempt resumes. cache:
     content-addressed downloads, shared by all jobs. model_roots: the only folders that the `local` source
-    may read. uploads: dataset id -> file. hub_url: the model hub to ask, None for the public one.
+    may read. uploads: dataset id -> file. start: the artifact that training starts from. hub_url: the model hub
+    to ask, None for the public one.
     """
 
     job: str | None = None
@@ -26,6 +27,7 @@ class Workspace(Model):
     cache: Path
     model_roots: tuple[Path, ...] = ()
     uploads: dict[str, Path] = Field({})
+    start: Path | None = None
     hub_url: str | None = None
     offline: bool = False
     device: Literal["cpu", "cuda"] = "cpu"

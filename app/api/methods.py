@@ -16,6 +16,7 @@ from quantry.families import FAMILIES
 from quantry.planning import LANGUAGE_METHODS
 from quantry.recipe import (
     ACTIVATION_METHODS,
+    TRAINING_METHODS,
     WEIGHT_METHODS,
     AccuquantStep,
     AdalogStep,
@@ -33,6 +34,8 @@ from quantry.recipe import (
     SvdquantStep,
     UniformStep,
 )
+from quantry.training import FixedPointTrainingStep
+from quantry.training_planning import TRAINED_FAMILIES
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from quantry.wording import METHODS as NAMES
@@ -98,6 +101,11 @@ _ENTRIES = {
         "light",
         _WEIGHTS,
     ),
+    "fixed_point_training": Entry(
+        FixedPointTrainingStep,
+        "Fixed-point training: low-bit weights, activations and gradients; the interval protects large gradients",
+        "heavy",
+    ),
     "softmax_bias": Entry(
         SoftmaxBiasStep,
         "Softmax bias correction: give attention probabilities the mass back that rounding takes",
@@ -121,9 +129,13 @@ def _families(method: str) -> Iterator[str]:
     if method in VISION_METHODS:
         yield from sorted(VISION_FAMILIES)
     yield from pipelines_taking(method)
+    if method in TRAINING_METHODS:
+        yield from sorted(TRAINED_FAMILIES)
 
 
-def _role(method: str) -> Literal["weights", "activations", "correction"]:
+def _role(method: str) -> Literal["weights", "activations", "correction", "training"]:
+    if method in TRAINING_METHODS:
+        return "training"
     if method in WEIGHT_METHODS:
         return "weights"
     return "activations" if method in ACTIVATION_METHODS else "correction"

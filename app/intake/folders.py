@@ -52,12 +52,12 @@ def below_roots(name: str, roots: tuple[Path, ...], *, path: str, missing: type[
     raise missing(path, f"{name} is not below any of the server's model roots")
 
 
-def check_listing(names: Iterable[str], *, where: str) -> None:
-    """Refuse a checkpoint by the names of its files. Raises ModelRefused."""
+def check_listing(names: Iterable[str], *, where: str, weights: bool = True) -> None:
+    """Refuse a checkpoint by the names of its files; without weights only if those are wanted. Raises ModelRefused."""
     names = set(names)
     if "config.json" not in names:
         raise ModelRefused("model.id", f"{where} has no config.json: it is not a transformers checkpoint")
-    if not names & {WEIGHTS, INDEX}:
+    if weights and not names & {WEIGHTS, INDEX}:
         pickled = sorted(name for name in names if name.endswith(PICKLES))
         hint = (
             f"; {pickled[0]} is a pickle, which is never loaded: convert it to safetensors" if pickled else ""
@@ -94,8 +94,11 @@ def shard_names(index: Mapping[str, Any]) -> tuple[dict[str, str], list[str]]:
     return weight_map, files
 
 
-def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
-    """Config and tensors of a folder. Raises ModelRefused, also for links that lead out of the roots."""
+def read_folder(folder: Path, roots: tuple[Path, ...] | None = None, *, weights: bool = True) -> Outside:
+    """Config and tensors of a folder; no tensors if weights are not wanted.
+
+    Raises ModelRefused, also for links that lead out of the roots.
+    """
     if not folder.is_dir():
         raise ModelRefused("model.id", f"{folder.name} is not a folder")
     try:
@@ -106,9 +109,9 @@ def read_folder(folder: Path, roots: tuple[Path, ...] | None = None) -> Outside:
         files = {path.name: path.stat() for path in folder.iterdir() if path.is_file()}
     except OSError as error:
         raise ModelRefused("model.id", f"{folder.name} cannot be read: {error.strerror}") from error
-    check_listing(files, where=folder.name)
+    check_listing(files, where=folder.name, weights=weights)
     seen = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in files.items()))
-    return _read(folder, seen)
+    return _read(folder, seen, weights)
 
 
 def _read_pipeline(folder: Path) -> Outside:
@@ -133,7 +136,7 @@ def _read_pipeline(folder: Path) -> Outside:
 
 
 @lru_cache(maxsize=64)
-def _read(folder: Path, seen: tuple[tuple[str, int, int], ...]) -> Outside:
+def _read(folder: Path, seen: tuple[tuple[str, int, int], ...], weights: bool) -> Outside:
     """Read once for each state of the folder."""
     sizes = {name: size for name, size, _ in seen}
     for name in {"config.json", INDEX} & set(sizes):
@@ -141,6 +144,8 @@ def _read(folder: Path, seen: tuple[tuple[str, int, int], ...]) -> Outside:
             raise ModelRefused("model.id", f"{name} has {sizes[name]} bytes; the limit is {MAX_JSON_BYTES}")
     try:
         config = parse_json((folder / "config.json").read_bytes(), name="config.json")
+        if not weights:
+            return Outside(config, {})
         weight_map, shards = None, [WEIGHTS]
         if WEIGHTS not in sizes:
             weight_map, shards = shard_names(parse_json((folder / INDEX).read_bytes(), name=INDEX))

@@ -23,6 +23,7 @@ from quantry.labels import (
     parse_labels,
 )
 from quantry.npz import ImageArrays, Split, read_labels, read_layout
+from quantry.training import FixedPointTrainingStep
 
 SUFFIXES = (".npz", ".zip")  # uploaded files are kept as a stored zip
 
@@ -53,18 +54,24 @@ class _UnfitError(ValueError):
     """Files that make no set of images; the message says why."""
 
 
-def read_images(ref: DatasetRef, role: Role, sources: Sources) -> Images:
-    """Look the set of images up where it is. Raises DatasetNotFound, DatasetRefused, HubUnreachable."""
+def read_images(ref: DatasetRef, role: Role, sources: Sources, *, labelled: bool | None = None) -> Images:
+    """Look the set of images up where it is; its labels too if `labelled`, by default those of an evaluation.
+
+    Raises DatasetNotFound, DatasetRefused, HubUnreachable.
+    """
+    labelled = role == "evaluation" if labelled is None else labelled
     split = split_of(ref, role)
     if ref.source == "bundled":
         try:
-            return Images(ref, f"{ref.id} ({split})", _count(bundled_images(ref.id), ref.id, split, role))
+            return Images(
+                ref, f"{ref.id} ({split})", _count(bundled_images(ref.id), ref.id, split, role, labelled)
+            )
         except NotBundledError as error:
             raise DatasetNotFound(f"{role}.dataset.id", str(error)) from error
     found = find(ref, role, sources)
     if found.path is None or not found.path.is_dir():
         check_suffix(found, role, SUFFIXES, "a set of images")
-    counts = None if found.path is None else _count(found.path, found.name, split, role)
+    counts = None if found.path is None else _count(found.path, found.name, split, role, labelled)
     return Images(found.ref, f"{found.name} ({split})", counts)
 
 
@@ -77,23 +84,44 @@ def check_images(spec: JobSpec, classes: int, calibration: Images, evaluation: I
             f"{calibration.name} has {calibration.counts.images} images; {samples} were asked for: give more "
             "images or fewer samples",
         )
-    if evaluation is None or evaluation.counts is None:
-        return
-    if evaluation.counts.labels is None:
+    if evaluation is not None:
+        _check_labels(evaluation, classes, "evaluation")
+
+
+def check_training_images(
+    step: FixedPointTrainingStep, classes: int, training: Images, evaluation: Images | None
+) -> None:
+    """Refuse what a worker would: too few images, labels that the head does not know. Raises DatasetRefused."""
+    if training.counts is not None and step.samples is not None and training.counts.images < step.samples:
         raise DatasetRefused(
-            "evaluation.dataset.id",
-            f"{evaluation.name} has no labels; add an array `labels` to the .npz, or labels.csv to the folder",
+            "recipe.0.samples",
+            f"{training.name} has {training.counts.images} images; {step.samples} were asked for: give more "
+            "images or fewer samples",
         )
-    least, largest = evaluation.counts.labels
+    _check_labels(training, classes, "calibration")
+    if evaluation is not None:
+        _check_labels(evaluation, classes, "evaluation")
+
+
+def _check_labels(images: Images, classes: int, role: Role) -> None:
+    """That every image has a class that the head knows, as far as the server has the files. Raises DatasetRefused."""
+    if images.counts is None:
+        return
+    if images.counts.labels is None:
+        raise DatasetRefused(
+            f"{role}.dataset.id",
+            f"{images.name} has no labels; add an array `labels` to the .npz, or labels.csv to the folder",
+        )
+    least, largest = images.counts.labels
     if least < 0 or largest >= classes:
         raise DatasetRefused(
-            "evaluation.dataset.id",
-            f"{evaluation.name} has the label {least if least < 0 else largest}, and the model's head knows "
+            f"{role}.dataset.id",
+            f"{images.name} has the label {least if least < 0 else largest}, and the model's head knows "
             f"classes 0 to {classes - 1}: they do not belong together",
         )
 
 
-def _count(path: Path, name: str, split: Split, role: Role) -> Counts:
+def _count(path: Path, name: str, split: Split, role: Role, labelled: bool) -> Counts:
     """Raises DatasetRefused for what a worker could not read, or a split without images."""
     where = f"{role}.dataset.id"
     try:
@@ -102,7 +130,7 @@ def _count(path: Path, name: str, split: Split, role: Role) -> Counts:
         elif path.suffix == ".zip":
             counts = _count_archive(path, name, split)
         else:
-            counts = _count_arrays(path, name, split, role)
+            counts = _count_arrays(path, name, split, role, labelled)
     except (ArchiveError, LabelsError, _UnfitError) as error:
         raise DatasetRefused(where, str(error)) from error
     except OSError as error:
@@ -114,7 +142,7 @@ def _count(path: Path, name: str, split: Split, role: Role) -> Counts:
     return counts
 
 
-def _count_arrays(path: Path, name: str, split: Split, role: Role) -> Counts:
+def _count_arrays(path: Path, name: str, split: Split, role: Role, labelled: bool) -> Counts:
     """Of an .npz, whose headers say how many there are."""
     layout = read_layout(path, name)
     if "all" in layout:
@@ -128,7 +156,7 @@ def _count_arrays(path: Path, name: str, split: Split, role: Role) -> Counts:
             raise DatasetRefused(f"{role}.dataset.split", detail)
     if len({(part.images.shape[1:], part.labels is None) for part in parts}) > 1:
         raise _UnfitError(f"{name}: train and test differ in the images' shape, or one has no labels")
-    labels = _label_range(path, name, parts) if role == "evaluation" else None
+    labels = _label_range(path, name, parts) if labelled else None
     return Counts(images, labels, sum(part.images.nbytes for part in parts))
 
 

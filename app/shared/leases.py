@@ -50,13 +50,17 @@ class Signal(StrEnum):
 
 @dataclass(frozen=True)
 class Claim:
-    """A job that was given to a worker. `uploads`: id of a text it names -> its blob's (sha256, suffix)."""
+    """A job that was given to a worker. `uploads`: id of a text it names -> its blob's (sha256, suffix).
+
+    start: the artifact of the job that training starts from, as `Job.artifact` names it.
+    """
 
     job_id: str
     epoch: int
     worker: str
     spec: JobSpec
     uploads: Mapping[str, tuple[str, str]]
+    start: str | None = None
 
     @property
     def conditions(self) -> tuple[ColumnElement[bool], ...]:
@@ -104,7 +108,8 @@ def claim(
             JobAttempt(job_id=job_id, number=job.epoch, worker=worker, started_at=now, outcome="running")
         )
         spec = JobSpec.model_validate(job.spec)
-        return Claim(job_id, job.epoch, worker, spec, _uploads(session, spec, job.owner))
+        uploads, start = _uploads(session, spec, job.owner), _start(session, spec, job.owner)
+        return Claim(job_id, job.epoch, worker, spec, uploads, start)
 
 
 def _uploads(session: Session, spec: JobSpec, owner: str) -> dict[str, tuple[str, str]]:
@@ -116,6 +121,13 @@ def _uploads(session: Session, spec: JobSpec, owner: str) -> dict[str, tuple[str
         return {}
     rows = session.scalars(select(Dataset).where(Dataset.id.in_(ids), Dataset.owner == owner))
     return {row.id: (row.sha256, row.suffix) for row in rows}
+
+
+def _start(session: Session, spec: JobSpec, owner: str) -> str | None:
+    step = spec.training_step
+    if step is None or not step.init.startswith("job_"):
+        return None
+    return session.scalar(select(Job.artifact).where(Job.id == step.init, Job.owner == owner))
 
 
 def signal(session: Session, claim: Claim) -> Signal:

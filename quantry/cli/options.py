@@ -23,6 +23,7 @@ class Method(StrEnum):
     SMOOTHQUANT = "smoothquant"
     SOFTMAX_BIAS = "softmax_bias"
     ACCUQUANT = "accuquant"
+    FIXED_POINT_TRAINING = "fixed_point_training"
 
 
 class Correction(StrEnum):

@@ -24,6 +24,7 @@ class QuantizedConv2d(QuantizedLinear):
         if dense.padding_mode != "zeros" or isinstance(dense.padding, str):
             raise ValueError(f"a packed convolution pads with a number of zeros, not `{dense.padding}`")
         self.kernel_shape = tuple(dense.weight.shape)  # (out, in / groups, kh, kw)
+        self.kernel_size = self.kernel_shape[2:]
         self.stride, self.padding = _pair(dense.stride), _pair(dense.padding)
         self.dilation, self.groups = _pair(dense.dilation), dense.groups
         # Its dtype is the model's; transformers' classifiers cast pixels to that of this layer's weight

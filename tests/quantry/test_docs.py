@@ -11,12 +11,15 @@ import pytest
 from quantry.contract import JobRequest
 from quantry.diffusion import PIPELINES
 from quantry.diffusion_checks import DIFFUSION_METHODS
+from quantry.training import FixedPointTrainingStep, GradientGrid
+from quantry.training_planning import TRAINED_FAMILIES
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from quantry.wording import METHODS
 
 DOCS = Path(__file__).parents[2] / "docs"
 DIFFUSION = (DOCS / "diffusion.md").read_text(encoding="utf-8")
+TRAINING = (DOCS / "training.md").read_text(encoding="utf-8")
 VISION = (DOCS / "vision.md").read_text(encoding="utf-8")
 REQUESTS = re.findall(r"```json\n(.*?)```", VISION, re.S)
 
@@ -55,3 +58,19 @@ def test_vision_md_names_every_family_step_and_paper() -> None:
     for method in VISION_METHODS:
         url = METHODS[method].url
         assert url is None or method == "gptq" or url in VISION
+
+
+@pytest.mark.parametrize("text", re.findall(r"```json\n(.*?)```", TRAINING, re.S))
+def test_the_requests_of_training_md_are_accepted(text: str) -> None:
+    spec = JobRequest.model_validate(json.loads(text)).resolve()
+    assert isinstance(spec.training_step, FixedPointTrainingStep)
+
+
+def test_training_md_names_every_family_and_option() -> None:
+    for name in TRAINED_FAMILIES:
+        assert f"`{name}`" in TRAINING
+    options = {*FixedPointTrainingStep.model_fields, *GradientGrid.model_fields} - {"method"}
+    assert {name for name in options if f"`{name}" not in TRAINING and f"{name}`" not in TRAINING} <= {
+        "gradient"
+    }
+    assert METHODS["fixed_point_training"].url in TRAINING

@@ -20,9 +20,9 @@ def gone(pid: int) -> bool:
         return True
 
 
-def await_that(what: Callable[[], T], message: str) -> T:
+def await_that(what: Callable[[], T], message: str, wait_s: float = WAIT_S) -> T:
     """The first true value of `what`."""
-    deadline = time.monotonic() + WAIT_S
+    deadline = time.monotonic() + wait_s
     while not (value := what()):
         assert time.monotonic() < deadline, message
         time.sleep(0.05)

@@ -41,6 +41,8 @@ def family(process: psutil.Process) -> list[int]:
 class Server:
     """One `quantry-server serve` on a data folder, and a client of its API."""
 
+    environment = ENVIRONMENT
+
     def __init__(self, data: Path) -> None:
         self.data = data
         self.start()
@@ -50,7 +52,7 @@ class Server:
         self.log = (self.data.parent / "serve.log").open("ab")
         command = [sys.executable, "-m", "app", "serve", "--data", str(self.data), "--port", "0"]
         self.process = subprocess.Popen(
-            command, env={**environment, **ENVIRONMENT}, stdout=subprocess.PIPE, stderr=self.log
+            command, env={**environment, **self.environment}, stdout=subprocess.PIPE, stderr=self.log
         )
         assert self.process.stdout is not None
         self.said = []
@@ -77,14 +79,14 @@ class Server:
     def job(self, job_id: str) -> Any:
         return self.call("GET", f"/v1/jobs/{job_id}")
 
-    def await_state(self, job_id: str, *states: str) -> Any:
+    def await_state(self, job_id: str, *states: str, wait_s: float = WAIT_S) -> Any:
         found = {}
 
         def reached() -> bool:
             found.update(self.job(job_id))
             return found["state"] in states
 
-        await_that(reached, f"{job_id} never came to {states}: {found}")
+        await_that(reached, f"{job_id} never came to {states}: {found}", wait_s)
         return found
 
     def tree(self) -> list[int]:

@@ -36,21 +36,25 @@ class ImageFiles:
         Palettes and CMYK become RGB; a turn noted in the metadata is not applied, as in the usual loaders.
         Raises: DatasetError, also for an image of more pixels than Pillow takes for an attack.
         """
-        where = f"{self.name}, {file}"
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(io.BytesIO(self.content(file)), formats=("JPEG", "PNG")) as image:
-                    if image.mode not in _MODES or "transparency" in image.info:
-                        raise DatasetError(
-                            f"{where}: of mode {image.mode}, or transparent; save it as grey or RGB of 8 bits"
-                        )
-                    wanted = _MODES[image.mode]
-                    return np.asarray(image if image.mode == wanted else image.convert(wanted))
-        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
-            raise DatasetError(f"{where}: more than {Image.MAX_IMAGE_PIXELS} pixels") from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise DatasetError(f"{where} is not a readable JPEG or PNG file: {error}") from error
+        return decode_image(self.content(file), f"{self.name}, {file}")
+
+
+def decode_image(content: bytes, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A JPEG or PNG file as uint8, (H, W) or (H, W, 3); `where` it is, for messages. Raises DatasetError."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+                if image.mode not in _MODES or "transparency" in image.info:
+                    raise DatasetError(
+                        f"{where}: of mode {image.mode}, or transparent; save it as grey or RGB of 8 bits"
+                    )
+                wanted = _MODES[image.mode]
+                return np.asarray(image if image.mode == wanted else image.convert(wanted))
+    except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+        raise DatasetError(f"{where}: more than {Image.MAX_IMAGE_PIXELS} pixels") from error
+    except (OSError, SyntaxError, ValueError) as error:
+        raise DatasetError(f"{where} is not a readable JPEG or PNG file: {error}") from error
 
 
 def folder_files(folder: Path) -> ImageFiles:

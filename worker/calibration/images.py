@@ -23,7 +23,7 @@ from quantry.bundled import bundled_images
 from quantry.contract import DatasetRef
 from quantry.labels import LabelsError, check_files, parse_labels
 from quantry.npz import ImageArrays, Split, read_layout
-from worker.calibration.image_files import archive_files, folder_files
+from worker.calibration.image_files import archive_files, decode_image, folder_files
 from worker.errors import DatasetError, ModelError
 from worker.models.source import Role, dataset_path, shown_name
 from worker.workspace import Workspace
@@ -103,7 +103,9 @@ def _read_npz(path: Path, split: Split, name: str) -> ImageSet:
     """`images` are split here; `x_calib` or `x_train` and `x_test` are a split of the file's own."""
     layout = read_layout(path, path.name)
     if "all" in layout:
-        return _cut(_arrays(path, [layout["all"]], name), split)
+        whole = layout["all"]
+        found = _arrays(path, [whole], name) if whole.offsets is None else _joined_files(path, whole, name)
+        return _cut(found, split)
     wanted: tuple[Split, ...] = ("train", "test") if split == "all" else (split,)
     parts = [layout[part] for part in wanted if part in layout]
     if not parts:
@@ -122,6 +124,28 @@ def _arrays(path: Path, parts: Sequence[ImageArrays], name: str) -> ImageSet:
         raise DatasetError(f"{path.name} cannot be read: {error}") from error
     count = sum(len(part) for part in images)
     return _in_order(name, _one_after_another(images), count, np.concatenate(labels) if labels else None)
+
+
+def _joined_files(path: Path, part: ImageArrays, name: str) -> ImageSet:
+    """JPEG and PNG files in one array of bytes, decoded when they are asked for. Raises DatasetError."""
+    assert part.offsets is not None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            content, offsets = arrays[part.images.name], arrays[part.offsets.name].astype(np.int64)
+            labels = None if part.labels is None else arrays[part.labels.name].astype(np.int64)
+    except (ValueError, zipfile.BadZipFile, EOFError) as error:
+        raise DatasetError(f"{path.name} cannot be read: {error}") from error
+    if offsets[0] < 0 or offsets[-1] > len(content) or bool((np.diff(offsets) <= 0).any()):
+        raise DatasetError(
+            f"{path.name}: `offset` does not rise from image to image within the {len(content)} bytes"
+        )
+
+    def read(index: int) -> Array:
+        return decode_image(
+            content[offsets[index] : offsets[index + 1]].tobytes(), f"{path.name}, image {index}"
+        )
+
+    return _in_order(name, read, part.count, labels)
 
 
 def _one_after_another(parts: Sequence[Array]) -> Callable[[int], Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -70,19 +70,26 @@ class ClassifierJudge:
 
     def __call__(self, streams: Mapping[str, Stream], progress: Progress) -> dict[str, dict[str, float]]:
         logits = {name: stream.hidden.float().cpu() for name, stream in streams.items()}
-        for name, values in logits.items():
-            if not torch.isfinite(values).all():
-                raise NonFiniteError(f"the {name} network's logits hold NaN or infinity")
-        found: dict[str, dict[str, float]] = {}
-        for metric in self.metrics:
-            if metric == "kl":
-                if "fp" in logits:
-                    found["kl"] = {name: divergence(logits["fp"], values) for name, values in logits.items()}
-                continue
-            top = int(metric.removeprefix("top"))
-            if top < next(iter(logits.values())).shape[1]:
-                found[metric] = {name: accuracy(values, self.labels, top) for name, values in logits.items()}
-        return found
+        return classifier_figures(logits, self.labels, self.metrics)
+
+
+def classifier_figures(
+    logits: Mapping[str, Tensor], labels: Tensor, metrics: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """Figures by metric and network, from the logits (images, classes) of each. Raises NonFiniteError."""
+    for name, values in logits.items():
+        if not torch.isfinite(values).all():
+            raise NonFiniteError(f"the {name} network's logits hold NaN or infinity")
+    found: dict[str, dict[str, float]] = {}
+    for metric in metrics:
+        if metric == "kl":
+            if "fp" in logits:
+                found["kl"] = {name: divergence(logits["fp"], values) for name, values in logits.items()}
+            continue
+        top = int(metric.removeprefix("top"))
+        if top < next(iter(logits.values())).shape[1]:
+            found[metric] = {name: accuracy(values, labels, top) for name, values in logits.items()}
+    return found
 
 
 def accuracy(logits: Tensor, labels: Tensor, top: int) -> float:

@@ -23,6 +23,7 @@ from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
 from worker.models.attention import use_tiles
 from worker.models.calls import BlockCall
+from worker.models.source import refusing
 from worker.models.tensors import Checkpoint
 
 BATCH_TOKENS = {"cpu": 1024}  # windows that run together hold about this many tokens; elsewhere OTHER_TOKENS
@@ -33,17 +34,6 @@ OTHER_TOKENS = 2048
 class _Recorded:
     hidden: Tensor | None = None
     calls: list[BlockCall] = field(default_factory=list)
-
-
-@contextmanager
-def _refusing(folder: Path, what: str) -> Iterator[None]:
-    """Whatever transformers raises for a file of the checkpoint, as a ModelError that names it."""
-    try:
-        yield
-    except Exception as error:
-        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
-        reason = said or type(error).__name__
-        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
 
 
 class CausalLM:
@@ -61,11 +51,11 @@ class CausalLM:
         self, folder: Path, *, device: torch.device, dtype: torch.dtype, attention: str | None = None
     ) -> None:
         self.folder, self.device, self.dtype, self.attention_kind = folder, device, dtype, attention
-        with _refusing(folder, "config.json"):
+        with refusing(folder, "config.json"):
             self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: Family = family_of(self.config.to_dict())
         self.tensors = Checkpoint(folder, self.family)
-        with _refusing(folder, "config.json"), torch.device("meta"):
+        with refusing(folder, "config.json"), torch.device("meta"):
             self.model = AutoModelForCausalLM.from_config(
                 self.config, dtype=dtype, attn_implementation=attention
             )
@@ -109,7 +99,7 @@ class CausalLM:
 
     def tokenizer(self) -> Any:
         """The checkpoint's tokenizer. Raises ModelError."""
-        with _refusing(self.folder, "the tokenizer"):
+        with refusing(self.folder, "the tokenizer"):
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
 
     @property

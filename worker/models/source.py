@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +26,7 @@ from quantry.contract import DatasetRef, ModelRef
 from quantry.diffusion import INDEX, Component, pipeline_family_of, read_components
 from quantry.families import family_of
 from quantry.headers import HeaderError, read_header
-from quantry.vision import is_vision, vision_family_of
+from quantry.training_planning import classifier_family_of, is_trainable
 from worker.errors import DatasetError, HubUnreachable, ModelError, ModelNotFound
 from worker.models.tensors import shard_files
 from worker.workspace import Workspace
@@ -35,8 +37,19 @@ VARIANTS = ("*.fp16.safetensors", "*.bf16.safetensors", "*.non_ema.safetensors")
 REFUSED = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".h5", ".msgpack", ".py")
 
 
-def resolve(ref: ModelRef, workspace: Workspace) -> Path:
-    """The folder of the checkpoint, checked. Raises ModelError and its kinds."""
+@contextmanager
+def refusing(folder: Path, what: str) -> Iterator[None]:
+    """Whatever transformers raises for a file of the checkpoint, as a ModelError that names it."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
+        reason = said or type(error).__name__
+        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
+
+
+def resolve(ref: ModelRef, workspace: Workspace, *, weights: bool = True) -> Path:
+    """The folder of the checkpoint, checked; its weights only if they are wanted. Raises ModelError and its kinds."""
     if ref.source == "bundled":
         try:
             folder = bundled_model(ref.id)
@@ -50,7 +63,7 @@ def resolve(ref: ModelRef, workspace: Workspace) -> Path:
             raise ModelError(f"model.id: {name} is a link that leads out of the server's model roots")
     else:
         folder = _download(ref, workspace)
-    check_folder(folder)
+    check_folder(folder, weights=weights)
     return folder
 
 
@@ -65,7 +78,7 @@ def local_path(name: str, roots: tuple[Path, ...], *, field: str) -> Path:
     raise ModelNotFound(f"{field}: {name} is not below any of the server's model roots")
 
 
-def check_folder(folder: Path) -> dict[str, Any]:
+def check_folder(folder: Path, *, weights: bool = True) -> dict[str, Any]:
     """The checkpoint's config, after the cheap refusals: pickles, remote code, unknown kinds, no tokenizer."""
     if (folder / INDEX).exists():
         return read_pipeline(folder)[0]
@@ -74,25 +87,31 @@ def check_folder(folder: Path) -> dict[str, Any]:
         raise ModelError(f"{folder.name} has no config.json: it is not a transformers checkpoint")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        vision_family_of(config) if is_vision(config) else family_of(config)
+        classifier = is_trainable(config)
+        classifier_family_of(config) if classifier else family_of(config)
     except SpecError as error:
         raise ModelError(f"{error.path}: {error.detail}") from error
     except ValueError as error:
         raise ModelError(f"{folder.name}/config.json is not valid JSON: {error}") from error
     if config.get("quantization_config"):
         raise ModelError(f"{folder.name} is already quantized; name the full-precision checkpoint")
-    if not (folder / "model.safetensors").exists() and not (folder / "model.safetensors.index.json").exists():
+    if (
+        weights
+        and not (folder / "model.safetensors").exists()
+        and not (folder / "model.safetensors.index.json").exists()
+    ):
         pickles = [f.name for f in folder.iterdir() if f.suffix in REFUSED]
         hint = f"; {pickles[0]} is a pickle or code and is refused" if pickles else ""
         raise ModelError(f"{folder.name} has no safetensors weights{hint}")
-    if is_vision(config):
+    if classifier:
         if not (folder / "preprocessor_config.json").exists():
             raise ModelError(f"{folder.name} has no preprocessor_config.json: images cannot be prepared")
     elif not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise ModelError(
             f"{folder.name} has no tokenizer (tokenizer.json): perplexity and calibration need it"
         )
-    shard_files(folder)
+    if weights:
+        shard_files(folder)
     return config
 
 

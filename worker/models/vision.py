@@ -25,6 +25,7 @@ from quantry.vision_layers import UNREAD
 from worker.errors import ModelError, NonFiniteError
 from worker.models.calls import BlockCall
 from worker.models.network import join
+from worker.models.source import refusing
 
 BATCH_IMAGES = 32  # at most
 HEAD_WIDTH = 64  # as these networks have it
@@ -87,6 +88,19 @@ class _Block:
     call: BlockCall
 
 
+def load_classifier(folder: Path, dtype: torch.dtype = torch.float32) -> Any:
+    """The network of a checkpoint, whole. Raises ModelError if the tensors do not fit the architecture."""
+    with refusing(folder, "the checkpoint"):
+        model, info = AutoModelForImageClassification.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, output_loading_info=True
+        )
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        wrong = sorted(name for name in map(str, info[kind]) if not UNREAD.search(name))
+        if wrong:
+            raise ModelError(f"{folder.name}: {kind.replace('_', ' ')}, such as {wrong[0]}")
+    return model
+
+
 class VisionModel:
     """An image classifier in float32, whole on the device, with attention that quantizers can reach.
 
@@ -97,27 +111,12 @@ class VisionModel:
         self.folder, self.device, self.dtype = folder, device, dtype
         self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: VisionFamily = vision_family_of(self.config.to_dict())
-        self.network = self._load()
+        self.network = load_classifier(folder, dtype)
         self.network.eval().requires_grad_(False).to(device)
         use_quantized_attention(self.network)
         for name, parameter in self.network.named_parameters():
             if not torch.isfinite(parameter).all():
                 raise NonFiniteError(f"{name} holds NaN or infinity: the checkpoint is damaged")
-
-    def _load(self) -> Any:
-        model, info = AutoModelForImageClassification.from_pretrained(
-            self.folder,
-            dtype=self.dtype,
-            local_files_only=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-            wrong = sorted(name for name in map(str, info[kind]) if not UNREAD.search(name))
-            if wrong:
-                first = wrong[0]
-                raise ModelError(f"{self.folder.name}: {kind.replace('_', ' ')}, such as {first}")
-        return model
 
     @property
     def classes(self) -> int:

@@ -43,6 +43,9 @@ class Frame:
     bottom: int = 42
 
 
+FRAMES = (("wide", Frame(960, 340)), ("narrow", Frame(360, 300, left=52, right=6)))  # by class on the page
+
+
 def line_chart(
     series: Sequence[Series], *, frame: Frame, name: str, title: str, about: str, x_label: str
 ) -> Markup:

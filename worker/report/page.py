@@ -28,7 +28,8 @@ from quantry.wording import (
     samples_text,
     seconds_text,
 )
-from worker.report.charts import Frame, Series, bar, line_chart
+from worker.report.charts import FRAMES, Series, bar, line_chart
+from worker.report.curves import trained_rows, training_curves
 from worker.report.rows import (
     by_block,
     layer_rows,
@@ -122,6 +123,8 @@ def render(report: Report, pictures: Mapping[str, bytes] | None = None) -> str:
         operand_groups=by_block(operands),
         worst_operands=worst_operands(operands),
         row_sums=row_sums_text(report.operands),
+        curves=training_curves(report.training),
+        trained=trained_rows(report.training),
         estimate=estimate_rows(report),
     )
 
@@ -242,7 +245,7 @@ def trajectory_charts(report: Report) -> list[tuple[str, Markup]]:
 def _drawn(series: Sequence[Series], unit: str, title: str, about: str) -> list[tuple[str, Markup]]:
     """Curves over blocks or steps, for wide and for narrow screens: (class, drawing)."""
     made = []
-    for kind, frame in (("wide", Frame(960, 340)), ("narrow", Frame(360, 300, left=52, right=6))):
+    for kind, frame in FRAMES:
         names = series if kind == "wide" else [Series(_short(s.name), s.kind, s.values) for s in series]
         chart = line_chart(names, frame=frame, name=f"{unit}s-{kind}", title=title, about=about, x_label=unit)
         made.append((kind, chart))

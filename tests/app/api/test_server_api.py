@@ -17,7 +17,9 @@ from quantry.diffusion_checks import DIFFUSION_METHODS
 from quantry.families import FAMILIES
 from quantry.jobs import State
 from quantry.planning import LANGUAGE_METHODS
+from quantry.recipe import TRAINING_METHODS
 from quantry.reports import Estimate
+from quantry.training_planning import TRAINED_FAMILIES
 from quantry.vision import VISION_FAMILIES
 from quantry.vision_planning import VISION_METHODS
 from tests.app.api.factories import LAYERS, REQUEST, Jobs, tensors
@@ -80,7 +82,7 @@ def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
     found = {
         info.method: info for info in MethodPage.model_validate_json(client.get("/v1/methods").content).items
     }
-    assert set(found) == {*LANGUAGE_METHODS, *VISION_METHODS, *DIFFUSION_METHODS}
+    assert set(found) == {*LANGUAGE_METHODS, *VISION_METHODS, *DIFFUSION_METHODS, *TRAINING_METHODS}
     everywhere = {*FAMILIES, *VISION_FAMILIES, *PIPELINES}
     assert {name for name, info in found.items() if set(info.families) == everywhere} == {
         "rtn",
@@ -95,6 +97,8 @@ def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
         assert set(found[name].families) == set(VISION_FAMILIES) | others
         assert (found[name].role, found[name].formats) == ("activations", ("quantry",))
     assert (found["gptq"].role, found["softmax_bias"].role) == ("weights", "correction")
+    training = found["fixed_point_training"]
+    assert (training.role, set(training.families)) == ("training", set(TRAINED_FAMILIES))
     assert found["repq"].paper == "https://arxiv.org/abs/2212.08254"
 
 

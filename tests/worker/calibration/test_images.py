@@ -1,5 +1,6 @@
 """Reading, splitting and processing images; the refusals name the file and what to do."""
 
+import io
 import json
 import struct
 import tracemalloc
@@ -138,7 +139,10 @@ def test_labels_must_be_classes_of_the_head(workspace: Workspace) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pictures": GREY}, "has no array `images`, `x_calib`, `x_train` or `x_test`; it has pictures"),
+        (
+            {"pictures": GREY},
+            "has no array `images`, `x_calib`, `x_train`, `x_test` or `jpeg`; it has pictures",
+        ),
         ({"images": GREY, "x_test": GREY}, "has `images` beside a split of its own"),
         ({"images": GREY.astype(np.float32)}, r"images: of type '<f4'; images are uint8"),
         ({"images": GREY.astype(np.int16)}, r"images: of type <i2; images are uint8"),
@@ -480,3 +484,44 @@ def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -
     (tmp_path / "m" / "preprocessor_config.json").write_text("{")
     with pytest.raises(ModelError, match=r"m/preprocessor_config.json cannot be used"):
         pixels(images, tmp_path / "m", 3)
+
+
+def joined(path: Path, count: int = 20, **changes: Any) -> Path:
+    """PNG files in one array of bytes, image i all of grey level i."""
+    files = []
+    for level in range(count):
+        content = io.BytesIO()
+        Image.fromarray(np.full((4, 4), level, dtype=np.uint8)).save(content, "PNG")
+        files.append(np.frombuffer(content.getvalue(), dtype=np.uint8))
+    offsets = np.cumsum([0, *map(len, files)])
+    arrays = {"jpeg": np.concatenate(files), "offset": offsets, "y": np.arange(count) % 3, **changes}
+    np.savez(path, **{name: value for name, value in arrays.items() if value is not None})
+    return path
+
+
+def test_joined_files_are_images_with_labels(workspace: Workspace) -> None:
+    joined(workspace.model_roots[0] / "joined.npz")
+    ref = DatasetRef(source="local", id="joined.npz", split="all")
+    images = load_images(ref, "calibration", workspace)
+    assert len(images) == 20
+    assert [int(images[i][0, 0]) for i in (0, 7, 19)] == [0, 7, 19]
+    assert images.labels is not None
+    assert images.labels.tolist() == [i % 3 for i in range(20)]
+    assert len(load_images(ref.model_copy(update={"split": "test"}), "evaluation", workspace)) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"offset": None}, "`jpeg` without `offset`"),
+        ({"offset": np.arange(21) * 10**6}, "does not rise"),
+        ({"y": np.zeros(3, dtype=np.int64)}, "20 images need"),
+        ({"jpeg": np.zeros((2, 2), dtype=np.uint8)}, "bytes are uint8"),
+    ],
+)
+def test_joined_files_that_do_not_fit_are_refused(
+    changes: dict[str, Any], fault: str, workspace: Workspace
+) -> None:
+    joined(workspace.model_roots[0] / "joined.npz", **changes)
+    with pytest.raises(DatasetError, match=fault):
+        load_images(DatasetRef(source="local", id="joined.npz"), "calibration", workspace)

@@ -1,0 +1,344 @@
+"""The dry run of a job that trains a classifier in fixed point: from the config and the tensors' shapes. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantry.base import SpecError
+from quantry.checkpoint_checks import check_float
+from quantry.contract import JobSpec
+from quantry.convnets import (
+    FIRST,
+    LAST,
+    ConvFamily,
+    TrainedLayer,
+    conv_family_of,
+    image_size,
+    is_convnet,
+    tensor_shapes,
+)
+from quantry.headers import TensorInfo
+from quantry.reports import Estimate, LayerPlan
+from quantry.training import FixedPointTrainingStep, GradientGrid
+from quantry.vision import VISION_FAMILIES, VisionFamily, class_count, is_vision, vision_family_of
+from quantry.vision_layers import (
+    check_tensors,
+    is_quantized,
+    pixel_count,
+    tensors_in_memory,
+    token_count,
+)
+from quantry.vision_layers import tensor_shapes as vision_shapes
+from quantry.vision_planning import evaluated_images, resolve_images
+
+TRAINED_FAMILIES = (*VISION_FAMILIES, "resnet", "mobilenet_v2", "cifar_resnet")
+_RUNTIME_BYTES = 800 * 2**20
+_CPU_RATE = (5e9, 100e9)  # operations a second and thread, slow and fast
+_CUDA_RATE = (2e12, 50e12)
+_STATE = 6  # weights, their gradient, momentum, the quantized copy, the float network and a checkpoint being written
+_ACTIVATIONS = (
+    6  # copies of each layer's output: before and after norm and non-linearity, quantized, gradients
+)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """What a job will train. `spec` has every default that depends on the model filled in.
+
+    layers: all with a weight. inactive: quantized layers with too few gradients a batch for the interval rule.
+    values, operations: outputs of all layers, and multiplications and additions of a forward, for one image.
+    """
+
+    spec: JobSpec
+    format: str
+    architecture: str
+    batch_norm: bool
+    layers: tuple[TrainedLayer, ...]
+    inactive: tuple[str, ...]
+    parameters: int
+    classes: int
+    pixels: int
+    values: int
+    operations: float
+    fp_bytes: int
+    quantized_bytes: int
+    effective_bits: float
+    warnings: tuple[str, ...]
+
+    @property
+    def step(self) -> FixedPointTrainingStep:
+        found = self.spec.training_step
+        assert found is not None
+        return found
+
+    @property
+    def quantized(self) -> tuple[TrainedLayer, ...]:
+        return tuple(layer for layer in self.layers if layer.reason is None)
+
+
+def is_trainable(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a classifier that can be trained."""
+    return is_vision(config) or is_convnet(config)
+
+
+def classifier_family_of(config: Mapping[str, Any]) -> VisionFamily | ConvFamily:
+    """The family of a classifier that can be trained. Raises SpecError for variants that cannot."""
+    return vision_family_of(config) if is_vision(config) else conv_family_of(config)
+
+
+def plan_training(
+    spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> TrainingPlan:
+    """Check a job against its classifier. Raises SpecError, naming the field and the layer.
+
+    tensors: of the checkpoint; not looked at where the weights are drawn anew.
+    """
+    step = spec.training_step
+    assert step is not None
+    if not is_trainable(config):
+        raise SpecError(
+            "recipe.0",
+            f"`{step.method}` trains image classifiers ({', '.join(TRAINED_FAMILIES)}), not a "
+            f"{config.get('model_type')!r} model",
+        )
+    if config.get("quantization_config"):
+        raise SpecError(
+            "model",
+            "the checkpoint is already quantized; give the full-precision one, and the job that made this as `init`",
+        )
+    _check(spec)
+    architecture, layers, named, pixels = _network(config, tensors, checked=step.init != "random")
+    classes = class_count(config)
+    resolved = _resolve(spec, step, str(config["model_type"]), classes, int(config.get("num_channels", 3)))
+    quantized = [layer for layer in layers if layer.reason is None]
+    bits = sum(_numel(layer) * step.bits + 32 * layer.shape[0] for layer in quantized)
+    weights = sum(map(_numel, quantized))
+    total = sum(named.values())
+    inactive = tuple(_inactive(quantized, step))
+    return TrainingPlan(
+        spec=resolved,
+        format="quantry",
+        architecture=architecture,
+        batch_norm=any(layer.norm for layer in layers),
+        layers=layers,
+        inactive=inactive,
+        parameters=total,
+        classes=classes,
+        pixels=pixels,
+        values=sum(layer.outputs for layer in layers),
+        operations=sum(2.0 * _numel(layer) * layer.outputs / layer.shape[0] for layer in layers),
+        fp_bytes=sum(info.nbytes for info in tensors.values()) or 4 * total,
+        quantized_bytes=4 * (total - weights) + bits // 8,
+        effective_bits=round(bits / weights, 4),
+        warnings=tuple(_warnings(step, inactive, quantized, image_size_assumed=_assumed(config))),
+    )
+
+
+def _check(spec: JobSpec) -> None:
+    """What does not depend on the model. Raises SpecError."""
+    if spec.accept.perplexity_increase_max is not None:
+        raise SpecError(
+            "accept.perplexity_increase_max", "a classifier has no perplexity: use accuracy_drop_max"
+        )
+    if spec.compute_dtype == "bfloat16":
+        raise SpecError("compute_dtype", "fixed-point training computes in float32: leave it out")
+
+
+def _network(
+    config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], *, checked: bool
+) -> tuple[str, tuple[TrainedLayer, ...], dict[str, int], int]:
+    """Architecture, layers, size of each tensor by name, and the values of an image."""
+    if is_vision(config):
+        vision = vision_family_of(config)
+        shapes = dict(vision_shapes(vision, config))
+        if checked:
+            check_tensors(vision, config, tensors_in_memory(tensors))
+        layers = tuple(_transformer_layers(vision.stem, shapes, token_count(vision, config)))
+        pixels = pixel_count(vision, config)
+        return vision.architecture, layers, {name: math.prod(shape) for name, shape in shapes.items()}, pixels
+    family = conv_family_of(config)
+    shapes = dict(tensor_shapes(family, config))
+    if checked:
+        _check_tensors(family.architecture, shapes, tensors)
+    size = image_size(family, config)
+    pixels = int(config.get("num_channels", 3)) * size[0] * size[1]
+    layers = tuple(family.layers(config, size))
+    return family.architecture, layers, {name: math.prod(shape) for name, shape in shapes.items()}, pixels
+
+
+def _transformer_layers(
+    stem: str, shapes: Mapping[str, tuple[int, ...]], tokens: int
+) -> Iterator[TrainedLayer]:
+    """Every layer with a weight matrix. Swin merges four tokens into one from stage to stage."""
+    for name, shape in shapes.items():
+        if len(shape) < 2 or not name.endswith(".weight"):
+            continue
+        layer = name.removesuffix(".weight")
+        bias = f"{layer}.bias" in shapes
+        reason: str | None = None
+        if layer == stem or layer == "classifier":
+            count = tokens if layer == stem else 1
+            reason = FIRST if layer == stem else LAST
+        else:
+            stage = int(layer.split(".")[3]) if layer.startswith("swin.") else 0
+            count = max(1, tokens // 4 ** (stage + layer.endswith("downsample.reduction")))
+            reason = None if is_quantized(name) else "not a linear layer of a block"
+        yield TrainedLayer(layer, shape, count * shape[0], bias, reason)
+
+
+def _check_tensors(
+    architecture: str, shapes: Mapping[str, tuple[int, ...]], tensors: Mapping[str, TensorInfo]
+) -> None:
+    """That the checkpoint holds these tensors and no other. Raises SpecError, naming the tensor."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise SpecError(
+                "model", f"the checkpoint lacks {name}, which a {architecture} of its config.json has"
+            )
+        if tensors[name].shape != shape:
+            raise SpecError(
+                "model",
+                f"{name} has the shape {list(tensors[name].shape)}, config.json makes it {list(shape)}",
+            )
+        if not name.endswith("num_batches_tracked"):
+            check_float(name, tensors[name])
+    other = next((name for name in tensors if name not in shapes), None)
+    if other is not None:
+        raise SpecError(
+            "model", f"the checkpoint holds {other}, which a {architecture} of its config.json has not"
+        )
+
+
+def _resolve(
+    spec: JobSpec, step: FixedPointTrainingStep, model_type: str, classes: int, channels: int
+) -> JobSpec:
+    """The spec with its open settings filled in. Raises SpecError."""
+    mobile = model_type == "mobilenet_v2"
+    rate = 0.1 if step.init == "random" else 0.01
+    filled = {
+        "activation_bits": step.activation_bits or step.bits,
+        "gradient": step.gradient
+        and step.gradient.model_copy(update={"bits": step.gradient.bits or step.bits}),
+        "learning_rate": step.learning_rate or (0.05 if mobile else rate),
+        "weight_decay": (4e-5 if mobile else 1e-4) if step.weight_decay is None else step.weight_decay,
+        "schedule": step.schedule or ("cosine" if mobile else "step"),
+        "augmentation": step.augmentation or ("flip_crop" if channels == 3 else "crop"),
+    }
+    if step.batch_size == 1 and is_convnet({"model_type": model_type}):
+        raise SpecError(
+            "recipe.0.batch_size", "batch norm has nothing to normalise in a batch of one image: take more"
+        )
+    evaluation = spec.evaluation
+    if evaluation is not None:  # there is no rounding to compare with: weights move
+        fp = tuple(name for name in evaluation.baselines if name == "fp")
+        evaluation = evaluation.model_copy(update={"baselines": fp})
+    trained = spec.model_copy(update={"recipe": (step.model_copy(update=filled),), "evaluation": evaluation})
+    return resolve_images(trained, classes)
+
+
+def _inactive(layers: list[TrainedLayer], step: FixedPointTrainingStep) -> Iterator[str]:
+    """Layers in which one clipped gradient is more than the share that the rule aims at."""
+    grid = step.gradient
+    if grid is None or grid.interval != "large_gradient":
+        return
+    least = least_gradients(step, grid)
+    yield from (layer.name for layer in layers if step.batch_size * layer.outputs < least)
+
+
+def least_gradients(step: FixedPointTrainingStep, grid: GradientGrid) -> float:
+    """Gradients of a batch below which the large-gradient rule keeps the whole range."""
+    return float((2 ** (grid.bits or step.bits) - 1) / grid.alpha)
+
+
+def _assumed(config: Mapping[str, Any]) -> bool:
+    return is_convnet(config) and "image_size" not in config
+
+
+def _warnings(
+    step: FixedPointTrainingStep,
+    inactive: tuple[str, ...],
+    quantized: list[TrainedLayer],
+    *,
+    image_size_assumed: bool,
+) -> Iterator[str]:
+    yield "the quantry format loads in transformers after `import quantry`"
+    if image_size_assumed:
+        yield "config.json says no image_size: memory, time and inactive layers are those of its family's usual size"
+    if not inactive or step.gradient is None:
+        return
+    which = "every quantized layer" if len(inactive) == len(quantized) else f"{len(inactive)} layers"
+    least = least_gradients(step, step.gradient)
+    yield (
+        f"the large-gradient interval is inactive in {which}: a batch has fewer than {least:,.0f} gradients there, "
+        f"(2^bits - 1) / alpha, so they train with the whole range (min_max); raise recipe.0.gradient.alpha or "
+        f"batch_size: {', '.join(inactive)}"
+    )
+
+
+def estimate_training(
+    plan: TrainingPlan,
+    *,
+    threads: int,
+    cuda: bool,
+    training_images: int | None,
+    evaluation_images: int | None,
+    loaded_bytes: int = 0,
+) -> Estimate:
+    """The dry run's answer, a model and no measurement.
+
+    Args:
+        training_images, evaluation_images: of the datasets, None where that is not known.
+        loaded_bytes: of the arrays of images that are read whole.
+    """
+    step, warnings = plan.step, plan.warnings
+    counts = [count for count in (step.samples, training_images) if count is not None]
+    images = min(counts, default=None)
+    if images is None:
+        warnings = (*warnings, "the number of training images is not known yet: their time is left out")
+    held = evaluated_images(plan.spec, evaluation_images)
+    if held is None:
+        warnings = (*warnings, "the number of evaluation images is not known yet: their time is left out")
+        held = 0
+    baseline = plan.spec.evaluation is not None and "fp" in plan.spec.evaluation.baselines
+    forwards = 3.0 * (images or 0) * step.epochs * (1 + baseline) + held * (1 + baseline)
+    slow, fast = _CUDA_RATE if cuda else [rate * threads for rate in _CPU_RATE]
+    operations = forwards * plan.operations
+    memory = _STATE * plan.parameters + min(step.batch_size, images or step.batch_size) * (
+        _ACTIVATIONS * plan.values + 2 * plan.pixels
+    )
+    return Estimate(
+        spec=plan.spec,
+        format=plan.format,
+        architecture=plan.architecture,
+        parameters=plan.parameters,
+        layers=layer_plans(plan),
+        fp_bytes=plan.fp_bytes,
+        quantized_bytes=plan.quantized_bytes,
+        effective_bits=plan.effective_bits,
+        peak_memory_bytes=_RUNTIME_BYTES
+        + 4 * memory
+        + 4 * plan.pixels * ((images or 0) + held)
+        + loaded_bytes,
+        seconds_low=round(1 + operations / fast, 1),
+        seconds_high=round(40 + 2 * operations / slow, 1),
+        warnings=warnings,
+    )
+
+
+def layer_plans(plan: TrainingPlan) -> tuple[LayerPlan, ...]:
+    return tuple(
+        LayerPlan(
+            name=layer.name,
+            shape=(layer.shape[0], _numel(layer) // layer.shape[0]),
+            quantized=layer.reason is None,
+            reason=layer.reason,
+        )
+        for layer in plan.layers
+    )
+
+
+def _numel(layer: TrainedLayer) -> int:
+    return math.prod(layer.shape)

@@ -182,7 +182,14 @@ class IgqStep(ActivationGrid):
     )
     allocation: Literal["uniform", "ilp"] = Field(
         "uniform",
-        description="ilp: group counts by layer, by integer programming under the same bit operations",
+        description="ilp: group counts by layer, by integer programming within a budget of bit operations",
+    )
+    overhead_max: float | None = Field(
+        None,
+        gt=0,
+        le=100,
+        description="ilp: the budget, bit operations that grouping may add to an image, as a share of the products' "
+        "own: 0.02 is two per cent; null: what `groups` everywhere would add",
     )
     iterations: int = Field(30, ge=1, le=200, description="alternations of assignment and bounds")
 
@@ -268,6 +275,11 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
         if isinstance(step, WeightGrid) and step.percentile is not None and step.clip != "percentile":
             raise SpecError(
                 f"{path}.percentile", f"clip is `{step.clip}`: set clip to `percentile`, or leave this out"
+            )
+        if isinstance(step, IgqStep) and step.overhead_max is not None and step.allocation != "ilp":
+            raise SpecError(
+                f"{path}.overhead_max",
+                f"allocation is `{step.allocation}`: set it to `ilp`, or leave this out",
             )
         if step.method in ACTIVATION_METHODS:
             before = next((name for name in seen if name not in WEIGHT_METHODS), None)

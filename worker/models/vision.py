@@ -23,7 +23,7 @@ from quantry.layers.operands import use_quantized_attention
 from quantry.vision import VisionFamily, vision_family_of
 from quantry.vision_layers import UNREAD
 from worker.errors import ModelError, NonFiniteError
-from worker.models.calls import BlockCall
+from worker.models.calls import BlockCall, run_block
 from worker.models.network import join
 
 BATCH_IMAGES = 32  # at most
@@ -177,6 +177,10 @@ class VisionModel:
     def block(self, index: int) -> nn.Module:
         """Block `index`, its own copy, with the quantizers attached to the network so far."""
         return copy.deepcopy(self._blocks[index].module)
+
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """Block `index` of the network itself, with whatever is attached to it."""
+        return run_block(self._blocks[index].module, states, self._blocks[index].call)
 
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """What enters the first block: the pixels themselves."""

@@ -27,7 +27,14 @@ from quantry.language_layers import (
     linear_layers,
     vocabulary_size,
 )
-from quantry.recipe import GptqStep, SmoothquantStep, WeightStep, dividing_group_sizes
+from quantry.levels import check_levels, is_compensated
+from quantry.recipe import (
+    BiasCompensationStep,
+    GptqStep,
+    SmoothquantStep,
+    WeightStep,
+    dividing_group_sizes,
+)
 from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
@@ -109,6 +116,8 @@ def _check_steps(spec: JobSpec, family: Family, config: Mapping[str, Any]) -> No
             )
         if isinstance(step, SmoothquantStep):
             _check_norms(f"recipe.{index}", family, config)
+        if isinstance(step, BiasCompensationStep):
+            check_levels(f"recipe.{index}.levels", step, family, config)
     refuse_diffusion(spec)
     if spec.accept.accuracy_drop_max is not None:
         raise SpecError(
@@ -129,7 +138,8 @@ def _check_norms(path: str, family: Family, config: Mapping[str, Any]) -> None:
 
 def added_bias(layer: Layer, spec: JobSpec) -> bool:
     """Whether the job gives this layer a bias that the full-precision model does not have."""
-    return spec.compensation is not None and not layer.had_bias
+    step = spec.compensation
+    return step is not None and not layer.had_bias and is_compensated(step, layer.name)
 
 
 def _check_groups(weights: WeightStep, layers: tuple[Layer, ...]) -> None:
@@ -246,7 +256,7 @@ def _stored_bytes(layer: Layer, written: _WRITTEN, weights: WeightStep) -> int:
 def _added_bias_bytes(layer: Layer, spec: JobSpec) -> int:
     """float32 biases of layers that had none; a bias per position adds one for each token of a window."""
     step = spec.compensation
-    if step is None:
+    if step is None or not is_compensated(step, layer.name):
         return 0
     positions = spec.calibration.sequence_length if step.granularity == "position_channel" else None
     return 4 * layer.rows * ((positions or 0) + (0 if layer.had_bias or positions else 1))

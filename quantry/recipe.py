@@ -9,6 +9,7 @@ from pydantic import Field
 from quantry.base import Bits, Model, SpecError
 
 Clip = Literal["none", "mse", "percentile"]
+Level = Literal["module", "attention", "mlp", "block", "model"]
 
 
 EDGE_BITS = Field(
@@ -123,6 +124,19 @@ class BiasCompensationStep(Model):
     targets: Literal["sequential", "published"] = Field(
         "sequential", description="sequential: inputs the quantized network sees; published: float inputs"
     )
+    levels: tuple[Level, ...] | None = Field(
+        None,
+        min_length=1,
+        max_length=5,
+        description="whose mean output error is taken away: every layer (module), attention modules, feed-forward "
+        "networks (mlp), blocks, the whole model (its logits; classifiers). A bias merges into the last layer of "
+        "each. null: module, and block where targets is published and the block allows it",
+    )
+
+    @property
+    def chosen_levels(self) -> tuple[Level, ...]:
+        """The levels, with the default filled in."""
+        return self.levels or (("module", "block") if self.targets == "published" else ("module",))
 
 
 class ActivationGrid(Model):

@@ -10,7 +10,8 @@ from quantry.base import Metric, SpecError
 from quantry.checkpoint_checks import refuse_diffusion
 from quantry.contract import DatasetRef, JobSpec
 from quantry.headers import TensorInfo
-from quantry.recipe import dividing_group_sizes
+from quantry.levels import check_classifier_levels, is_compensated
+from quantry.recipe import BiasCompensationStep, dividing_group_sizes
 from quantry.reports import Estimate, LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
@@ -201,7 +202,7 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
     step, compensation, rows = spec.weight_step, spec.compensation, info.shape[0]
     scales = info.numel // step.group_size if step.group_size else rows
     bits = step.bits * info.numel + (16 if step.symmetric else 16 + step.bits) * scales
-    if compensation is None:
+    if compensation is None or not is_compensated(compensation, name.removesuffix(".weight")):
         return bits
     if compensation.granularity == "channel":
         return bits + (0 if had_bias else 32 * rows)
@@ -229,6 +230,8 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 "the twin grid of `ptq4vit` is made for GELU, and this model's hidden_act is "
                 f"`{activation_function(config)}`: use another activation method, such as `uniform`",
             )
+        if isinstance(step, BiasCompensationStep):
+            check_classifier_levels(f"recipe.{index}.levels", step, str(config.get("model_type")))
     refuse_diffusion(spec)
     if spec.format not in ("auto", "quantry"):
         raise SpecError(

@@ -3,8 +3,8 @@
 Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024, arXiv:2404.00928.
 Bounds minimise the squared distance to the ranges seen in calibration, by alternating assignments and means.
 The number of grids is the same everywhere, or chosen for each operand by integer programming within a budget of
-bit operations: those of the same number everywhere, or what the user states. Q, K and V get one static grid a head; the head's input, a single token, one in all. In
-Swin's attention a window is grouped as an image is elsewhere.
+bit operations: those of the same number everywhere, or what the user states. Q, K and V get one static grid a
+head; the head's input, a single token, one in all. In Swin's attention a window is grouped as an image is elsewhere.
 """
 
 from __future__ import annotations
@@ -191,7 +191,7 @@ class Budget:
 
 
 def budget_of(model: VisionModel, images: Images, step: IgqStep) -> Budget:
-    """What groups cost in an image of the calibration's size, and what they may. Raises RecipeError if that is too little."""
+    """What groups cost in an image of the size given, and what they may. Raises RecipeError if that is too little."""
     counts = group_counts(step)
     products = model_products(model, tuple(images.pixels.shape[1:]))
     costs = {

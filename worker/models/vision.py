@@ -196,6 +196,17 @@ class VisionModel:
     def attention(self, index: int) -> str | None:
         return self.family.attention if self.groups(index) == self.family.groups else None
 
+    def units(self, index: int) -> dict[str, tuple[str, str]]:
+        """The attention module and the feed-forward network of a block, and the last layer of each."""
+        if self.attention(index) is None:
+            return {}
+        family = self.family
+        mlp = family.after_activation.rpartition(".")[0]
+        return {
+            "attention": (family.attention, family.groups[1][0]),
+            "mlp": (mlp, family.after_activation),
+        }
+
     def output_layer(self, index: int) -> str | None:
         """The block's last layer, if what it returns is added to the residual stream as it is."""
         name = self.family.after_activation

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from quantry.base import SpecError
 from quantry.checkpoint_checks import refuse_diffusion
-from quantry.contract import Format, JobSpec, resolve_format
+from quantry.contract import Format, JobSpec, Written, resolve_format
 from quantry.families import Family, family_of, foldable_norms, holds_added_biases, rehome_target
 from quantry.headers import DTYPE_BITS, TensorInfo
 from quantry.language_layers import (
@@ -38,7 +38,6 @@ from quantry.recipe import (
 from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
-_WRITTEN = Literal["compressed-tensors", "gptq", "gguf", "quantry"]
 LANGUAGE_METHODS = ("rtn", "gptq", "smoothquant", "bias_compensation", "softmax_bias")
 
 
@@ -47,7 +46,7 @@ class Plan:
     """What a job will do. `spec` is the full form with every default that depends on the model filled in."""
 
     spec: JobSpec
-    format: _WRITTEN
+    format: Written
     family: Family
     written_family: Family
     context: int | None
@@ -159,7 +158,7 @@ def _check_groups(weights: WeightStep, layers: tuple[Layer, ...]) -> None:
 
 def _format(
     spec: JobSpec, family: Family, config: Mapping[str, Any], layers: tuple[Layer, ...]
-) -> tuple[_WRITTEN, Family]:
+) -> tuple[Written, Family]:
     """The format that can hold the result and the family it is written as. Raises SpecError."""
     wanted = resolve_format(spec.format, spec)
     adds = any(added_bias(layer, spec) for layer in layers)
@@ -183,6 +182,8 @@ def _unfit(
     """Why a format cannot hold the result exactly, or None if it can."""
     if wanted == "quantry":
         return None
+    if wanted == "onnx":
+        return "only image classifiers are written as ONNX"
     if family.transposed:
         return f"{family.model_type} keeps its weights transposed, which the loaders of {wanted} do not"
     if wanted == "gguf" and not family.gguf:
@@ -234,7 +235,7 @@ def _layer_bits(layer: Layer, spec: JobSpec, weights: WeightStep) -> int:
     )
 
 
-def _stored_bytes(layer: Layer, written: _WRITTEN, weights: WeightStep) -> int:
+def _stored_bytes(layer: Layer, written: Written, weights: WeightStep) -> int:
     """Bytes of the codes and grid parameters in the layout of the format (docs of each in worker/export)."""
     bits, groups = weights.bits, _groups(layer, weights)
     if written == "gguf":  # blocks of 32 codes with one float16 scale
@@ -274,7 +275,7 @@ def _kept_bytes(name: str, info: TensorInfo) -> int:
 
 def _warnings(
     spec: JobSpec,
-    written: _WRITTEN,
+    written: Written,
     family: Family,
     written_family: Family,
     kept: Mapping[str, TensorInfo],

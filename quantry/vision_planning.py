@@ -90,7 +90,7 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
         spec=resolved,
-        format="quantry",
+        format=resolved.format,
         family=family,
         layers=tuple(_layer_plans(named, layers)),
         parameters=sum(info.numel for info in named.values()),
@@ -201,7 +201,12 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
     """Bits of codes, float16 scales, zero-points and the float32 biases that compensation adds."""
     step, compensation, rows = spec.weight_step, spec.compensation, info.shape[0]
     scales = info.numel // step.group_size if step.group_size else rows
-    bits = step.bits * info.numel + (16 if step.symmetric else 16 + step.bits) * scales
+    width, scale = step.bits, 16
+    if spec.format == "onnx":  # whole containers, float32 scales
+        width, scale = (4 if step.bits <= 4 else 8), 32
+    bits = (
+        width * info.numel + (scale if step.symmetric and spec.format != "onnx" else scale + width) * scales
+    )
     if compensation is None or not is_compensated(compensation, name.removesuffix(".weight")):
         return bits
     if compensation.granularity == "channel":
@@ -211,7 +216,13 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
 
 
 def _warnings(spec: JobSpec) -> Iterator[str]:
-    yield "the quantry format loads in transformers after `import quantry`"
+    if spec.format == "quantry":
+        yield "the quantry format loads in transformers after `import quantry`"
+    elif spec.weight_step.bits <= 4 and spec.activation_step is None:
+        yield (
+            "ONNX Runtime rounds the inputs of 4-bit weights to 8 bits, unless the session is told "
+            "session.qdq_matmulnbits_accuracy_level = 1"
+        )
     if spec.compensation and spec.compensation.granularity == "position_channel":
         yield "a bias per position is stored for every layer, in float32: it can outweigh the packed weights"
 
@@ -233,9 +244,11 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
         if isinstance(step, BiasCompensationStep):
             check_classifier_levels(f"recipe.{index}.levels", step, str(config.get("model_type")))
     refuse_diffusion(spec)
-    if spec.format not in ("auto", "quantry"):
+    if spec.format not in ("auto", "quantry", "onnx"):
         raise SpecError(
-            "format", f"{spec.format} has no place for a classifier's convolution and quantizers: use quantry"
+            "format",
+            f"{spec.format} has no place for a classifier's convolution and quantizers: use quantry, or onnx for "
+            "static uniform grids",
         )
     if spec.accept.perplexity_increase_max is not None:
         raise SpecError(
@@ -277,7 +290,8 @@ def _resolve(spec: JobSpec, classes: int) -> JobSpec:
             )
         dataset = _images(spec, "evaluation")
         evaluation = evaluation.model_copy(update={"dataset": dataset, "metrics": metrics})
-    return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation, "format": "quantry"})
+    written = "onnx" if spec.format == "onnx" else "quantry"
+    return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation, "format": written})
 
 
 def _images(spec: JobSpec, role: str) -> DatasetRef:

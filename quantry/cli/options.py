@@ -37,6 +37,7 @@ class FormatName(StrEnum):
     GPTQ = "gptq"
     GGUF = "gguf"
     QUANTRY = "quantry"
+    ONNX = "onnx"
 
 
 class Device(StrEnum):

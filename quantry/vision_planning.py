@@ -16,6 +16,7 @@ from quantry.reports import Estimate, LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
     block_values,
+    channel_count,
     check_tensors,
     is_quantized,
     pixel_count,
@@ -60,6 +61,7 @@ class VisionPlan:
     widest: int
     classes: int
     tokens: int
+    channels: int
     pixels: int
     stream: int
     block_values: int
@@ -98,6 +100,7 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         widest=max(info.numel // info.shape[0] for info in layers.values()),
         classes=classes,
         tokens=tokens,
+        channels=channel_count(family, config),
         pixels=pixel_count(family, config),
         stream=tokens * stem_width(family, config),
         block_values=block_values(family, config),

@@ -94,7 +94,7 @@ def _classifier(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
     evaluation = None
     if planned.spec.evaluation is not None:
         evaluation = read_images(planned.spec.evaluation.dataset, "evaluation", sources)
-    check_images(planned.spec, planned.classes, calibration, evaluation)
+    check_images(planned, calibration, evaluation)
     pinned = _pinned(planned.spec, calibration.ref, evaluation.ref if evaluation else None)
     counts = [found.counts for found in (calibration, evaluation) if found and found.counts]
     return Prepared(

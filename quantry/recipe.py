@@ -159,6 +159,9 @@ class UniformStep(ActivationGrid):
     edge_bits: Bits | None = EDGE_BITS
 
 
+FISHER_DRAWS = 8  # labels drawn for an image, whose gradients make the Fisher information
+
+
 class Ptq4vitStep(ActivationGrid):
     """PTQ4ViT (Yuan et al. 2022, arXiv:2111.12293): twin uniform grids, scales searched under the Fisher metric."""
 

@@ -12,7 +12,7 @@ from quantry.contract import DatasetRef, JobSpec
 from quantry.headers import TensorInfo
 from quantry.levels import check_classifier_levels, is_compensated
 from quantry.recipe import BiasCompensationStep, dividing_group_sizes
-from quantry.reports import Estimate, LayerPlan
+from quantry.reports import LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
     block_values,
@@ -37,19 +37,14 @@ VISION_METHODS = (
     "softmax_bias",
 )
 _METRICS: tuple[Metric, ...] = ("top1", "top5", "kl")
-_RUNTIME_BYTES = 800 * 2**20
-_BATCH_IMAGES = 32  # that go through a block at once
-_CPU_RATE = (10e9, 200e9)  # operations a second and thread, slow and fast
-_CUDA_RATE = (5e12, 100e12)
-_SEARCH_PASSES = {"uniform": 2, "repq": 6, "igq": 12, "adalog": 200, "ptq4vit": 400}
 
 
 @dataclass(frozen=True)
 class VisionPlan:
     """What a job on a classifier will do. `spec` has every default that depends on the model filled in.
 
-    widest: columns of a layer, at most. Of one image: pixels, all channels together; stream, the values between
-    blocks, and block_values, those of the largest tensor inside one, at most.
+    widest: columns of a layer, at most. blocks: with stem and head. Of one image: pixels, all channels together;
+    stream, the values between blocks, and block_values, those of the largest tensor inside one, at most.
     """
 
     spec: JobSpec
@@ -60,6 +55,7 @@ class VisionPlan:
     quantized_weights: int
     widest: int
     classes: int
+    blocks: int
     tokens: int
     channels: int
     pixels: int
@@ -99,6 +95,7 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         quantized_weights=weights,
         widest=max(info.numel // info.shape[0] for info in layers.values()),
         classes=classes,
+        blocks=2 + sum(name.endswith("fc1.weight") for name in layers),
         tokens=tokens,
         channels=channel_count(family, config),
         pixels=pixel_count(family, config),
@@ -109,81 +106,6 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         effective_bits=round(bits / weights, 4),
         warnings=tuple(_warnings(resolved)),
     )
-
-
-def estimate_vision(
-    plan: VisionPlan,
-    *,
-    threads: int,
-    cuda: bool,
-    evaluation_images: int | None = None,
-    loaded_bytes: int = 0,
-) -> Estimate:
-    """The dry run's answer: memory and time from counted operations, a wide range on purpose.
-
-    Args:
-        evaluation_images: how many the evaluation could take, None where that is not known.
-        loaded_bytes: of the arrays of images that are read whole before some are chosen.
-    """
-    evaluated, warnings = _evaluated(plan.spec, evaluation_images), plan.warnings
-    if evaluated is None:
-        warnings = (
-            *warnings,
-            "the number of evaluation images is not known yet: their memory and time are left out",
-        )
-    low, high = _seconds(plan, evaluated or 0, threads=threads, cuda=cuda)
-    return Estimate(
-        spec=plan.spec,
-        format=plan.format,
-        architecture=plan.family.architecture,
-        parameters=plan.parameters,
-        layers=plan.layers,
-        fp_bytes=plan.fp_bytes,
-        quantized_bytes=plan.quantized_bytes,
-        effective_bits=plan.effective_bits,
-        peak_memory_bytes=_peak_memory(plan, evaluated or 0) + loaded_bytes,
-        seconds_low=low,
-        seconds_high=high,
-        warnings=warnings,
-    )
-
-
-def _evaluated(spec: JobSpec, available: int | None) -> int | None:
-    """Images that will be evaluated, at most; None where that is not known."""
-    if spec.evaluation is None:
-        return 0
-    counts = [count for count in (spec.evaluation.samples, available) if count is not None]
-    return min(counts, default=None)
-
-
-def _peak_memory(plan: VisionPlan, evaluated: int) -> int:
-    """Bytes at the worst moment: runtime, networks, pixels, a stream of values each, one batch, one Hessian.
-
-    All float32. The network is held as float, as round-to-nearest and as the result; a Hessian with its cross
-    moments, its factor and a work copy. A stream starts as a copy of the pixels; one at a time is held as it was
-    and as it will be.
-    """
-    calibrated = plan.spec.calibration.samples
-    streams = [calibrated, calibrated, *[evaluated] * _evaluation_streams(plan.spec)]
-    pixels = plan.pixels * (calibrated + evaluated)
-    values = max(plan.pixels, plan.stream) * sum(streams) + min(plan.pixels, plan.stream) * max(streams)
-    batch = 3 * _BATCH_IMAGES * plan.block_values
-    return _RUNTIME_BYTES + 4 * (3 * plan.parameters + pixels + values + batch + 4 * plan.widest**2)
-
-
-def _seconds(plan: VisionPlan, evaluated: int, *, threads: int, cuda: bool) -> tuple[float, float]:
-    """A range of wall-clock seconds once a worker has the job and the model is on its disk."""
-    activation = plan.spec.activation_step
-    search = _SEARCH_PASSES.get(activation.method, 2) if activation else 0
-    images = plan.spec.calibration.samples * (6 + search) + evaluated * _evaluation_streams(plan.spec)
-    operations = 2.0 * plan.quantized_weights * plan.tokens * images
-    slow, fast = _CUDA_RATE if cuda else [rate * threads for rate in _CPU_RATE]
-    return round(1 + operations / fast, 1), round(40 + 4 * operations / slow, 1)
-
-
-def _evaluation_streams(spec: JobSpec) -> int:
-    """Networks that the evaluation images go through."""
-    return 1 + len(spec.evaluation.baselines) if spec.evaluation else 0
 
 
 def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:

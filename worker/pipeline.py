@@ -26,7 +26,8 @@ from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
 from quantry.reports import BitOperations, CostReport, Manifest, QualityRow, Report, SizeReport
-from quantry.vision_planning import VisionPlan, estimate_vision
+from quantry.vision_costs import estimate_vision
+from quantry.vision_planning import VisionPlan
 from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore
 from worker.export import export, write_manifest, write_model_card

@@ -15,7 +15,7 @@ from quantry.checkpoint import CheckpointError, load
 from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
 from worker.activations import calibrate_activations
-from worker.errors import DatasetError, ModelError, RecipeError
+from worker.errors import DatasetError, ModelError, NonFiniteError, RecipeError
 from worker.pipeline import run
 from worker.prepare import prepare
 from worker.progress import Progress
@@ -217,6 +217,18 @@ def test_what_a_classifier_cannot_take_is_refused(
     rest = {name: value for name, value in changes.items() if name != "family"}
     with pytest.raises(RecipeError, match=path):
         quantize(workspace, job(workspace, family, recipe, **rest))
+
+
+@pytest.mark.parametrize("name", ["weights", "token", "ptq4vit"])
+def test_a_network_that_overflows_is_refused_before_it_is_fitted(name: str, workspace: Workspace) -> None:
+    request = job(workspace, "vit", RECIPES[name], evaluation=None)
+    file = workspace.model_roots[0] / "model" / "model.safetensors"
+    tensors = load_file(file)
+    norm = next(key for key in tensors if key.endswith("layernorm_before.weight"))
+    save_file({**tensors, norm: torch.full_like(tensors[norm], 1e30)}, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="in full precision"):
+        quantize(workspace, request)
+    assert not workspace.artifact.exists()
 
 
 def test_metrics_that_can_only_be_perfect_are_refused(workspace: Workspace) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
-from quantry.recipe import Ptq4vitStep, RtnStep
+from quantry.recipe import FISHER_DRAWS, Ptq4vitStep, RtnStep
 from worker.calibration.fisher import BackwardWalk, Seen
 from worker.errors import CalibrationError, RecipeError
 from worker.methods.activations import Calibrated, Images
@@ -43,7 +43,6 @@ from worker.methods.rtn import on_grid
 from worker.methods.uniform import bits_of, ranges_of
 from worker.models.vision import Operand, VisionModel
 
-DRAWS = 8  # labels drawn for an image
 TOKENS = 1024  # rows of a linear layer that are kept
 WINDOWS = 64  # images, or Swin's windows, of an attention module that are kept
 QUERIES = 2048  # of all of them together
@@ -61,7 +60,7 @@ def calibrate(model: VisionModel, images: Images, step: Ptq4vitStep) -> Calibrat
             "use another activation method, such as `uniform`"
         )
     spaces = operand_spaces(model, images.pixels, step)
-    draws = DRAWS if step.metric == "fisher" else 0
+    draws = FISHER_DRAWS if step.metric == "fisher" else 0
     walk = BackwardWalk(model, images.pixels, draws=draws, seed=images.seed)
     weight_step = images.weights if isinstance(images.weights, RtnStep) else None
     blocks = blocks_of(model)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
-from quantry.layers.operands import attach, set_probability_bias
-from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import BiasCompensationStep, GptqStep, WeightStep
 from worker.calibration.halves import Halves, Parts
@@ -19,6 +17,7 @@ from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
 from worker.calibration.walk import Passage, Rerun, passage
 from worker.compensation import Compensator, MeanError, merged
+from worker.dressing import Dressing
 from worker.errors import CalibrationError
 from worker.memory import release_memory
 from worker.models.calls import run_block
@@ -35,38 +34,6 @@ class QuantizedBlock:
     module: nn.Module
     added: dict[str, Tensor]
     damping: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Dressing:
-    """The activation quantizers of a network and its softmax corrections.
-
-    quantizers: by place, `<layer>.input` or `<attention>.query` and so on, full names. probability_bias:
-    (H, 1, 1) or (1, 1, 1) by attention module.
-    """
-
-    quantizers: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
-    probability_bias: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def dress(self, prefix: str, module: nn.Module) -> None:
-        """Attach copies of what belongs to the block whose names start with `prefix`."""
-        names = dict(module.named_modules())
-        device = next(module.parameters()).device
-        for place, quantizer in self.quantizers.items():
-            inside = _inside(prefix, place)
-            if inside is not None and inside.rpartition(".")[0] in names:
-                attach(module, inside, copy.deepcopy(quantizer).to(device))
-        for attention, bias in self.probability_bias.items():
-            inside = _inside(prefix, attention)
-            if inside is not None and inside in names:
-                set_probability_bias(module, inside, bias.to(device))
-
-
-def _inside(prefix: str, name: str) -> str | None:
-    """The name without the block's prefix; None where it is another block's."""
-    if not prefix:
-        return name
-    return name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else None
 
 
 class BlockQuantizer:
@@ -112,6 +79,8 @@ class BlockQuantizer:
         late: dict[str, Tensor] = {}
         groups = self.model.groups(index)
         passages = self._passages(index, original, block, given, floating)
+        again = self.compensation is not None and not self._published and self.compensation.of_ends(index)
+        entered = given.hidden.clone() if again and given is not None else None
         if self.sequential:
             for group in groups:
                 statistics = self._gather(index, block.module, group, *passages)
@@ -135,18 +104,18 @@ class BlockQuantizer:
         if floating is not None and passages[1] is not None and not self._float_leaves:
             end = self._compensate_units(index, original, block, floating, passages[1])
             self._finish_float(index, block, floating, end)
-        if given is not None and floating is not None and not self._published:
-            self.compensate_streams(index, block, floating, given)
+        if entered is not None and given is not None and floating is not None:
+            self.compensate_end(index, block, floating, given)
+            given.hidden = entered  # once more, so that a resumed job sees the same bits
+            given.advance(block.module, index)
         release_memory()
         return block
 
-    def compensate_streams(
-        self, index: int, block: QuantizedBlock, floating: Stream, deployed: Stream
-    ) -> None:
+    def compensate_end(self, index: int, block: QuantizedBlock, floating: Stream, deployed: Stream) -> None:
         """Compensate what the networks have computed up to the end of the block, where a level asks for it."""
-        found = self.compensation and self.compensation.of_streams(index, floating, deployed)
-        if found:
-            self._add_bias(block, *found)
+        layer = self.compensation.of_ends(index) if self.compensation else None
+        if self.compensation and layer:
+            self._add_bias(block, layer, self.compensation.of_streams(floating, deployed))
 
     @property
     def sequential(self) -> bool:

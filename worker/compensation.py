@@ -88,24 +88,21 @@ class Compensator:
         """The layer that takes a bias on the output of block `index`, if that is wanted."""
         return self.model.output_layer(index) if "block" in self.levels else None
 
-    def of_streams(self, index: int, floating: Stream, deployed: Stream) -> tuple[str, Tensor] | None:
-        """The layer and the bias that bring the mean of what the quantized network has computed so far to the float's.
+    def of_ends(self, index: int) -> str | None:
+        """The layer that takes a bias on what the network has computed up to the end of block `index`, if any.
 
-        deployed: what the quantized network computes with every bias so far; it is moved by the new one. None
-        where no level wants it: blocks (sequential only; as published they see float inputs) and the model.
+        Of blocks where targets are sequential (as published they see float inputs), and of the whole model.
         """
-        layer = None if self.published else self.of_block(index)
         if index == self.model.count - 1 and "model" in self.levels:
-            layer = self.model.groups(index)[-1][-1]
-        if layer is None:
-            return None
+            return self.model.groups(index)[-1][-1]
+        return None if self.published else self.of_block(index)
+
+    def of_streams(self, floating: Stream, deployed: Stream) -> Tensor:
+        """The bias that brings the mean of what the quantized network has computed so far to the float's."""
         mean = MeanError(self.per_position)
         for a, b in _pairs(floating, deployed):
             mean.add(a, b)
-        deployed.hidden += (mean.value if deployed.hidden.ndim > 2 else mean.value.view(-1)).to(
-            deployed.hidden.dtype
-        )
-        return layer, mean.value
+        return mean.value
 
 
 class MeanError:

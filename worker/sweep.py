@@ -20,9 +20,10 @@ from quantry.jobs import State
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import RtnStep
 from quantry.reports import BlockReport, LayerReport
-from worker.block import BlockQuantizer, Dressing, QuantizedBlock, install
+from worker.block import BlockQuantizer, QuantizedBlock, install
 from worker.calibration.store import BlockStore, FinishedBlock
 from worker.calibration.streams import Stream, difference
+from worker.dressing import Dressing
 from worker.methods.rtn import rtn
 from worker.metrics.layer_error import ErrorSum, layer_errors
 from worker.metrics.quality import Judge, full_precision
@@ -174,7 +175,7 @@ class BlockSweep:
             block = self.quantizer.quantize(index, original, streams.given, streams.floating)
             if streams.deployed is not None and streams.floating is not None:
                 streams.deployed.advance(block.module, index)
-                self.quantizer.compensate_streams(index, block, streams.floating, streams.deployed)
+                self.quantizer.compensate_end(index, block, streams.floating, streams.deployed)
         nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
         reports = self._layer_reports(index, original, block, nearest, streams)
         self._advance_evaluation(index, original, block.module, nearest, streams)

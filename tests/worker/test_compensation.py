@@ -102,12 +102,12 @@ def test_blocks_and_the_model_end_where_the_float_network_does(granularity: Any,
     assert touched == {"mlp.fc2", "classifier"}
 
 
-def sweep(model: VisionModel, folder: Path, levels: list[str]) -> BlockSweep:
+def sweep(model: VisionModel, folder: Path, targets: str, levels: list[str]) -> BlockSweep:
     body = {
         "model": {"source": "local", "id": "model"},
         "recipe": [
-            {"method": "rtn", "bits": 3},
-            {"method": "bias_compensation", "targets": "published", "levels": levels},
+            {"method": "gptq", "bits": 3},
+            {"method": "bias_compensation", "targets": targets, "levels": levels},
         ],
         "evaluation": None,
     }
@@ -118,23 +118,27 @@ def sweep(model: VisionModel, folder: Path, levels: list[str]) -> BlockSweep:
     )
 
 
-def test_the_published_model_level_sees_every_bias_below_it_also_when_resumed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", ["sequential", "published"])
+def test_the_model_level_sees_every_bias_below_it_also_when_resumed(targets: str, tmp_path: Path) -> None:
     model = model_of(tmp_path / "model")
     levels = ["module", "attention", "mlp", "block", "model"]
-    swept = sweep(model, tmp_path / "blocks", levels)
+    swept = sweep(model, tmp_path / "blocks", targets, levels)
     swept.run()
     logits = model.logits(pixels(model))
     error = (logits - swept.reference(pixels(model))).mean(0)
     torch.testing.assert_close(error, torch.zeros_like(error), atol=1e-5, rtol=0)
-    whole = swept.store.load(model.count - 1, CPU).layers["classifier"]
+    last = range(model.count - 2, model.count)
+    whole = [swept.store.load(index, CPU).layers for index in last]
     for block in sorted((tmp_path / "blocks").glob("block-*"))[2:]:
         block.unlink()
-    again = sweep(model, tmp_path / "blocks", levels)
+    again = sweep(model, tmp_path / "blocks", targets, levels)
     again.run()
-    resumed = again.store.load(model.count - 1, CPU).layers["classifier"]
-    assert whole.bias is not None
-    assert resumed.bias is not None
-    assert torch.equal(whole.bias, resumed.bias)
+    for index, layers in zip(last, whole, strict=True):
+        for name, layer in again.store.load(index, CPU).layers.items():
+            assert torch.equal(layer.weight.codes, layers[name].weight.codes)
+            assert layer.bias is not None
+            assert layers[name].bias is not None
+            assert torch.equal(layer.bias, layers[name].bias)
 
 
 def test_a_merged_bias_is_what_the_layer_computes(tmp_path: Path) -> None:

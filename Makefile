@@ -16,7 +16,7 @@ PYTEST := $(BIN)/pytest
 BENCHMARKS ?= benchmarks/api.py
 TESTS ?=
 
-.PHONY: help install demo serve test test-gpu lint format bench chaos clean
+.PHONY: help install demo demo-vision serve test test-gpu lint format bench chaos clean
 
 # Waiting threads sleep: spinning ones stall everything when tests, servers and jobs share the cores.
 export OMP_WAIT_POLICY ?= passive
@@ -36,6 +36,10 @@ install: $(STAMP) ## make .venv and install Quantry with all its parts into it
 demo: export HF_HUB_OFFLINE = 1
 demo: $(STAMP) ## quantize the bundled model through a real server, in under a minute
 	$(BIN)/python scripts/demo.py
+
+demo-vision: export HF_HUB_OFFLINE = 1
+demo-vision: $(STAMP) ## the same for the bundled image classifier, weights and activations at 4 bits
+	$(BIN)/python scripts/demo_vision.py
 
 serve: $(STAMP) ## API, broker and one worker on the folder $(DATA)
 	$(BIN)/quantry-server serve --data $(DATA)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from app.contents import Contents, UploadRefused
 from quantry.archives import ArchiveError, opened
+from quantry.image_headers import MAX_PIXELS, jpeg_size, png_size
 from quantry.labels import IMAGE_SUFFIXES, LABEL_FILES, LabelsError, check_files, parse_labels
 from quantry.npz import read_labels, read_layout
 
@@ -34,13 +35,13 @@ def inspect_npz(file: Path, name: str) -> Contents:
 
 
 def inspect_files(file: Path, name: str) -> Contents:
-    """The same for an archive of received files: each must begin as its name says. Raises UploadRefused."""
+    """The same for an archive of received files, each beginning as its name says. Raises UploadRefused."""
     try:
         with opened(file, name) as archive:
             names = archive.namelist()
             images = {file for file in names if file.lower().endswith(IMAGE_SUFFIXES)}
             for image in sorted(images):
-                _check_signature(archive, image)
+                _check_header(archive, image)
             labels = _labels(archive, [file for file in LABEL_FILES if file in names], images)
     except (ArchiveError, LabelsError) as error:
         raise UploadRefused(str(error)) from error
@@ -59,11 +60,17 @@ def _labels(archive: zipfile.ZipFile, found: list[str], images: set[str]) -> set
     return set(labels.values())
 
 
-def _check_signature(archive: zipfile.ZipFile, image: str) -> None:
+def _check_header(archive: zipfile.ZipFile, image: str) -> None:
     signature = _SIGNATURES[Path(image).suffix.lower()]
     with archive.open(image) as content:
         if content.read(len(signature)) != signature:
             raise UploadRefused(f"{image} is no {'PNG' if image.lower().endswith('.png') else 'JPEG'} file")
+    with archive.open(image) as content:
+        size = png_size(content) if image.lower().endswith(".png") else jpeg_size(content)
+    if size is None or not all(size):
+        raise UploadRefused(f"{image} has no header that says how large it is: it is damaged")
+    if size[0] * size[1] > MAX_PIXELS:
+        raise UploadRefused(f"{image} is {size[0]} x {size[1]} pixels; the limit is {MAX_PIXELS} in all")
 
 
 def _contents(suffix: str, images: int, classes: set[int] | None) -> Contents:

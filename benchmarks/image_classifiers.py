@@ -1,40 +1,81 @@
 """Top-1 accuracy and divergence of quantized image classifiers, by method and bit-width.
 
-usage: python benchmarks/image_classifiers.py MODEL DATA.npz [--bits 8 6 4] [--methods rtn ptq4vit ...]
-           [--seeds 0 1 2] [--samples 32] [--images 2000] [--weights published|gptq]
+usage: python benchmarks/image_classifiers.py MODEL DATA.npz [--tables w8a8 w6a6 w4a4 igq] [--methods rtn ptq4vit ...]
+           [--seeds 0 1 2] [--samples 32] [--images 2000] [--weights published|gptq] [--stop-after SECONDS] [--show]
 
-`rtn` is round-to-nearest weights and min-max activations, `weights` quantizes weights only; a method with
-`+bc` adds bias compensation, `igq16` takes 16 groups. `--weights published` gives every method per-channel
-weights with a clip search (PTQ4ViT: its own), `gptq` gives it GPTQ on the quantized activations. Results are
-kept in .bench/vision and not computed again.
+`rtn` is round-to-nearest weights and min-max activations, `weights` quantizes weights only; `igq16` takes 16 groups,
+`igqbound` a grid for every channel and row of every image. A method with `+bc` adds bias compensation,
+`+published` the published form, a bias for each position of each layer. `--weights published` gives every method
+per-channel weights with a clip search (PTQ4ViT: its own), `gptq` gives it GPTQ on the quantized activations.
+
+Every run is kept in .bench/vision, by what it was run with and the code that it ran, and not computed again; seeds are
+taken in turn, so that a table of one seed is whole before the next begins. `--show` prints what is there already.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import platform
-import re
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
 from quantry.contract import JobRequest
-from worker.activations import calibrate_activations
+from quantry.recipe import IgqStep
+from worker.activations import ACTIVATION_STEPS, calibrate_activations
 from worker.calibration.store import BlockStore
+from worker.methods import igq
 from worker.prepare import prepare
 from worker.progress import Progress
 from worker.sweep import BlockSweep
 from worker.workspace import Workspace
 
+ROOT = Path(__file__).parents[1]
 KEPT = Path(".bench/vision")
-METHODS = ("rtn", "weights", "uniform", "ptq4vit", "ptq4vit+bc", "repq", "repq+bc", "adalog", "adalog+bc")
-METHODS += ("igq4", "igq8", "igq16", "igq8+bc")
+METHODS = (
+    "rtn",
+    "ptq4vit",
+    "ptq4vit+bc",
+    "ptq4vit+published",
+    "repq",
+    "repq+bc",
+    "adalog",
+    "adalog+bc",
+    "igq8",
+    "igq8+bc",
+)
+TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
+    "w8a8": (8, ("rtn", "ptq4vit", "repq", "adalog", "igq8")),
+    "w6a6": (6, ("rtn", "ptq4vit", "repq", "adalog", "igq8")),
+    "w4a4": (4, METHODS),
+    "igq": (4, ("igq1", "igq2", "igq4", "igq8", "igq12", "igq16", "igqbound")),
+}
+PARTS = ("worker/methods", "worker/calibration", "worker/models", "quantry/quantizers", "quantry/layers")
+FILES = (
+    "worker/block.py",
+    "worker/compensation.py",
+    "worker/sweep.py",
+    "worker/activations.py",
+    "quantry/recipe.py",
+)
+
+
+def code() -> str:
+    """A digest of what a result depends on."""
+    sources = sorted(path for part in PARTS for path in (ROOT / part).glob("*.py"))
+    digest = hashlib.sha256()
+    for path in (*sources, *(ROOT / file for file in FILES)):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
@@ -46,21 +87,26 @@ def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
     else:
         published = {"method": "rtn", "clip": "mse", **grid}
         steps = [published if weights == "published" else {"method": "gptq", **grid}]
-        name, groups = re.fullmatch(r"([a-z4]+?)(\d*)", base).groups() if base != "ptq4vit" else (base, "")  # type: ignore[union-attr]
+        name, groups = ("igq", base.removeprefix("igq")) if base.startswith("igq") else (base, "")
+        groups = "1" if groups == "bound" else groups
         if name != "weights":
             steps.append({"method": name, **grid, **({"groups": int(groups)} if groups else {})})
+    if correction == "published":
+        form = {"granularity": "position_channel", "targets": "published", "levels": ["module"]}
+        return [*steps, {"method": "bias_compensation", **form}]
     return [*steps, {"method": "bias_compensation"}] if correction else steps
 
 
-def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> dict[str, float]:
-    """Figures of one job without its export."""
-    facts = (
-        f"{options.model.name} {method} {options.weights} {bits} {seed} {options.samples} {options.images}"
-    )
-    file = KEPT / (facts.replace(" ", "-") + ".json")
+def file_of(options: argparse.Namespace, method: str, bits: int, seed: int) -> Path:
+    facts = (options.model.name, method, options.weights, bits, seed, options.samples, options.images, code())
+    return KEPT / ("-".join(map(str, facts)) + ".json")
+
+
+def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> None:
+    """Run one job without its export and keep its figures."""
+    file = file_of(options, method, bits, seed)
     if file.exists():
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
+        return
     data = {"source": "local", "id": str(options.data.resolve())}
     request = JobRequest.model_validate(
         {
@@ -76,7 +122,9 @@ def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> d
         roots = (options.model.resolve().parent, options.data.resolve().parent)
         space = Workspace(artifact=Path(), checkpoints=Path(), cache=Path(), model_roots=roots)
         job = prepare(request.resolve(), space, progress)
-        found_activations = calibrate_activations(job.model, job.spec, job.calibration, progress)
+        bound = {IgqStep: igq.upper_bound} if method.startswith("igqbound") else {}
+        with mock.patch.dict(ACTIVATION_STEPS, bound):
+            found_activations = calibrate_activations(job.model, job.spec, job.calibration, progress)
         result = BlockSweep(
             job.model,
             job.spec,
@@ -91,8 +139,9 @@ def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> d
     values = {f"{metric} {name}": v for metric, row in result.quality.items() for name, v in row.items()}
     values["cpu_s"] = time.process_time() - began
     KEPT.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values))
-    return values
+    part = file.with_suffix(".part")
+    part.write_text(json.dumps(values))
+    part.rename(file)
 
 
 def cell(values: list[float], form: str) -> str:
@@ -101,30 +150,54 @@ def cell(values: list[float], form: str) -> str:
     return f"{statistics.mean(values):{form}}{spread}"
 
 
+def show(options: argparse.Namespace, rows: list[tuple[int, str]]) -> None:
+    """The table of what was measured so far."""
+    print("\n| bits | method | top-1 % | KL | CPU-s | seeds |\n" + "| --- " * 6 + "|", flush=True)
+    full = set()
+    for bits, method in rows:
+        files = [file_of(options, method, bits, seed) for seed in options.seeds]
+        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        if not runs:
+            continue
+        top = cell([100 * run["top1 quantized"] for run in runs], ".2f")
+        kl = cell([run["kl quantized"] for run in runs], ".4f")
+        cpu = cell([run["cpu_s"] for run in runs][:1], ".0f")
+        print(f"| {bits} | {method} | {top} | {kl} | {cpu} | {len(runs)} |", flush=True)
+        full.add(f"{100 * runs[0]['top1 fp']:.2f} %")
+    print(f"\nfull precision: {', '.join(full)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--bits", type=int, nargs="+", default=[8, 6, 4])
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--tables", nargs="+", choices=tuple(TABLES), default=list(TABLES))
+    parser.add_argument("--methods", nargs="+", help="only these of the tables")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--weights", choices=("published", "gptq"), default="published")
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="begin no run after so many s")
+    parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
+    rows = list(dict.fromkeys((bits, m) for t in options.tables for bits, m in _rows(t, options.methods)))
     print(
-        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.weights}\n"
+        f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.weights}"
     )
-    print("| bits | method | top-1 % | KL | CPU-s |")
-    print("| --- " * 5 + "|", flush=True)
-    for bits in options.bits:
-        for method in options.methods:
-            runs = [measure(options, method, bits, seed) for seed in options.seeds]
-            top = cell([100 * run["top1 quantized"] for run in runs], ".2f")
-            kl = cell([run["kl quantized"] for run in runs], ".4f")
-            cpu = cell([run["cpu_s"] for run in runs][:1], ".0f")
-            print(f"| {bits} | {method} | {top} | {kl} | {cpu} |", flush=True)
-    print(f"\nfull precision: {100 * runs[0]['top1 fp']:.2f} %")
+    began = time.monotonic()
+    for seed in [] if options.show else options.seeds:
+        for bits, method in rows:
+            if time.monotonic() - began < options.stop_after:
+                measure(options, method, bits, seed)
+                print(f"done: {bits} bits, {method}, seed {seed}", file=sys.stderr, flush=True)
+        show(options, rows)
+    if options.show:
+        show(options, rows)
+
+
+def _rows(table: str, wanted: list[str] | None) -> list[tuple[int, str]]:
+    bits, methods = TABLES[table]
+    return [(bits, method) for method in methods if wanted is None or method in wanted]
 
 
 if __name__ == "__main__":

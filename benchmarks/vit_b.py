@@ -144,7 +144,7 @@ def search(bits: int) -> None:
         + "| --- " * 5
         + "|"
     )
-    for columns, out in ((768, 768), (768, 2304)):
+    for columns, out in ((768, 768),):  # the loop takes two minutes on it
         torch.manual_seed(0)
         x = torch.randn(ALL_TOKENS, columns) * torch.rand(columns).add(0.1)
         weight = torch.randn(out, columns) / columns**0.5

@@ -65,6 +65,8 @@ def load(
     if method == "gptq" or (method is None and ggufs):
         state = gptq_state(path) if method == "gptq" else gguf_state(path, ggufs[0])
         return _from_state(path, state, dtype, device_map)
+    if any(path.glob("*.onnx")):
+        raise CheckpointError(f"{path} holds an ONNX file: open it with onnxruntime")
     if method == "compressed-tensors":
         _check_reader(path)
     model, info = _auto_class(config).from_pretrained(

@@ -35,7 +35,8 @@ from quantry.recipe import (
 )
 from quantry.sampling import Sampling
 
-Format = Literal["auto", "compressed-tensors", "gptq", "gguf", "quantry"]
+Written = Literal["compressed-tensors", "gptq", "gguf", "quantry", "onnx"]
+Format = Literal["auto"] | Written
 
 
 class ModelRef(Model):
@@ -367,7 +368,7 @@ def _spec_error(error: ValidationError) -> SpecError:
     return SpecError(path, first["msg"])
 
 
-def resolve_format(wanted: Format, spec: JobSpec) -> Literal["compressed-tensors", "gptq", "gguf", "quantry"]:
+def resolve_format(wanted: Format, spec: JobSpec) -> Written:
     """The format that will be written. Raises SpecError if the one asked for cannot hold the result.
 
     `auto` is compressed-tensors where it is exact (symmetric weights, int-quantized for SmoothQuant), else
@@ -384,6 +385,9 @@ def resolve_format(wanted: Format, spec: JobSpec) -> Literal["compressed-tensors
     if wanted == "auto":
         return "compressed-tensors" if weights.symmetric and not own else "quantry"
     if wanted == "quantry":
+        return wanted
+    if wanted == "onnx":
+        _check_onnx(spec)
         return wanted
     if own and not per_position:
         raise SpecError(
@@ -413,6 +417,28 @@ def resolve_format(wanted: Format, spec: JobSpec) -> Literal["compressed-tensors
             "GGUF Q4_0 and Q8_0 hold symmetric weights of 4 or 8 bits in groups of 32 exactly, nothing else",
         )
     return wanted
+
+
+def _check_onnx(spec: JobSpec) -> None:
+    """That ONNX has nodes for the recipe. Raises SpecError."""
+    activation, softmax = spec.activation_step, spec.softmax_bias
+    static = isinstance(activation, UniformStep) and activation.granularity == "tensor"
+    if activation is not None and not static:
+        raise SpecError(
+            "format",
+            f"ONNX has no nodes for the grids of `{activation.method}`: it holds weights and static uniform grids "
+            "(`uniform` with granularity tensor); use quantry",
+        )
+    if (
+        activation is None
+        and softmax is not None
+        and softmax.range == "max"
+        and softmax.granularity == "head"
+    ):
+        raise SpecError(
+            "format",
+            "ONNX takes one scale for the softmax, not one a head: give granularity tensor or range unit",
+        )
 
 
 class MethodInfo(Model):

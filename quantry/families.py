@@ -244,6 +244,13 @@ def block_halves(family: Family, config: Mapping[str, Any]) -> tuple[str, str, s
     return first, family.groups[0][0].rpartition(".")[0], second
 
 
+def units_of(family: Family) -> dict[str, tuple[str, str]]:
+    """`attention` and, where it is a module, `mlp`: the module inside a block, and its last layer."""
+    layers = {"attention": family.groups[1][0], "mlp": family.groups[-1][0]}
+    units = {level: (layer.rpartition(".")[0], layer) for level, layer in layers.items()}
+    return {level: unit for level, unit in units.items() if unit[0]}
+
+
 def block_bias_layer(family: Family, config: Mapping[str, Any]) -> str | None:
     """The layer into which a bias on the block's output merges; None where a norm follows the last layer."""
     if family.model_type == "opt" and not config.get("do_layer_norm_before", True):

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from quantry.base import SpecError
 from quantry.checkpoint_checks import refuse_diffusion
-from quantry.contract import Format, JobSpec, resolve_format
+from quantry.contract import Format, JobSpec, Written, resolve_format
 from quantry.families import Family, family_of, foldable_norms, holds_added_biases, rehome_target
 from quantry.headers import DTYPE_BITS, TensorInfo
 from quantry.language_layers import (
@@ -27,11 +27,17 @@ from quantry.language_layers import (
     linear_layers,
     vocabulary_size,
 )
-from quantry.recipe import GptqStep, SmoothquantStep, WeightStep, dividing_group_sizes
+from quantry.levels import check_levels, is_compensated
+from quantry.recipe import (
+    BiasCompensationStep,
+    GptqStep,
+    SmoothquantStep,
+    WeightStep,
+    dividing_group_sizes,
+)
 from quantry.reports import LayerPlan
 
 DEFAULT_SEQUENCE_LENGTH = 2048
-_WRITTEN = Literal["compressed-tensors", "gptq", "gguf", "quantry"]
 LANGUAGE_METHODS = ("rtn", "gptq", "smoothquant", "bias_compensation", "softmax_bias")
 
 
@@ -40,7 +46,7 @@ class Plan:
     """What a job will do. `spec` is the full form with every default that depends on the model filled in."""
 
     spec: JobSpec
-    format: _WRITTEN
+    format: Written
     family: Family
     written_family: Family
     context: int | None
@@ -109,6 +115,8 @@ def _check_steps(spec: JobSpec, family: Family, config: Mapping[str, Any]) -> No
             )
         if isinstance(step, SmoothquantStep):
             _check_norms(f"recipe.{index}", family, config)
+        if isinstance(step, BiasCompensationStep):
+            check_levels(f"recipe.{index}.levels", step, family, config)
     refuse_diffusion(spec)
     if spec.accept.accuracy_drop_max is not None:
         raise SpecError(
@@ -129,7 +137,8 @@ def _check_norms(path: str, family: Family, config: Mapping[str, Any]) -> None:
 
 def added_bias(layer: Layer, spec: JobSpec) -> bool:
     """Whether the job gives this layer a bias that the full-precision model does not have."""
-    return spec.compensation is not None and not layer.had_bias
+    step = spec.compensation
+    return step is not None and not layer.had_bias and is_compensated(step, layer.name)
 
 
 def _check_groups(weights: WeightStep, layers: tuple[Layer, ...]) -> None:
@@ -149,7 +158,7 @@ def _check_groups(weights: WeightStep, layers: tuple[Layer, ...]) -> None:
 
 def _format(
     spec: JobSpec, family: Family, config: Mapping[str, Any], layers: tuple[Layer, ...]
-) -> tuple[_WRITTEN, Family]:
+) -> tuple[Written, Family]:
     """The format that can hold the result and the family it is written as. Raises SpecError."""
     wanted = resolve_format(spec.format, spec)
     adds = any(added_bias(layer, spec) for layer in layers)
@@ -173,6 +182,8 @@ def _unfit(
     """Why a format cannot hold the result exactly, or None if it can."""
     if wanted == "quantry":
         return None
+    if wanted == "onnx":
+        return "only image classifiers are written as ONNX"
     if family.transposed:
         return f"{family.model_type} keeps its weights transposed, which the loaders of {wanted} do not"
     if wanted == "gguf" and not family.gguf:
@@ -224,7 +235,7 @@ def _layer_bits(layer: Layer, spec: JobSpec, weights: WeightStep) -> int:
     )
 
 
-def _stored_bytes(layer: Layer, written: _WRITTEN, weights: WeightStep) -> int:
+def _stored_bytes(layer: Layer, written: Written, weights: WeightStep) -> int:
     """Bytes of the codes and grid parameters in the layout of the format (docs of each in worker/export)."""
     bits, groups = weights.bits, _groups(layer, weights)
     if written == "gguf":  # blocks of 32 codes with one float16 scale
@@ -246,7 +257,7 @@ def _stored_bytes(layer: Layer, written: _WRITTEN, weights: WeightStep) -> int:
 def _added_bias_bytes(layer: Layer, spec: JobSpec) -> int:
     """float32 biases of layers that had none; a bias per position adds one for each token of a window."""
     step = spec.compensation
-    if step is None:
+    if step is None or not is_compensated(step, layer.name):
         return 0
     positions = spec.calibration.sequence_length if step.granularity == "position_channel" else None
     return 4 * layer.rows * ((positions or 0) + (0 if layer.had_bias or positions else 1))
@@ -264,7 +275,7 @@ def _kept_bytes(name: str, info: TensorInfo) -> int:
 
 def _warnings(
     spec: JobSpec,
-    written: _WRITTEN,
+    written: Written,
     family: Family,
     written_family: Family,
     kept: Mapping[str, TensorInfo],

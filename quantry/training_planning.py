@@ -24,6 +24,7 @@ from quantry.headers import TensorInfo
 from quantry.reports import Estimate, LayerPlan
 from quantry.training import FixedPointTrainingStep, GradientGrid
 from quantry.vision import VISION_FAMILIES, VisionFamily, class_count, is_vision, vision_family_of
+from quantry.vision_costs import evaluated_images
 from quantry.vision_layers import (
     check_tensors,
     is_quantized,
@@ -32,7 +33,7 @@ from quantry.vision_layers import (
     token_count,
 )
 from quantry.vision_layers import tensor_shapes as vision_shapes
-from quantry.vision_planning import evaluated_images, resolve_images
+from quantry.vision_planning import resolve_images
 
 TRAINED_FAMILIES = (*VISION_FAMILIES, "resnet", "mobilenet_v2", "cifar_resnet")
 _RUNTIME_BYTES = 800 * 2**20

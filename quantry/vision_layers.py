@@ -133,11 +133,15 @@ def token_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
     return height * width + len(family.special_tokens)
 
 
+def channel_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
+    """Channels of an image as the network takes it. Raises SpecError."""
+    return _size(_filled(family, config), "num_channels")
+
+
 def pixel_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Values of an image as the network takes it, all channels. Raises SpecError."""
-    config = _filled(family, config)
-    height, width = _sides(config, "image_size")
-    return _size(config, "num_channels") * height * width
+    height, width = _sides(_filled(family, config), "image_size")
+    return channel_count(family, config) * height * width
 
 
 def block_values(family: VisionFamily, config: Mapping[str, Any]) -> int:

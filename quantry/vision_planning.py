@@ -11,11 +11,13 @@ from quantry.checkpoint_checks import refuse_diffusion
 from quantry.contract import DatasetRef, JobSpec
 from quantry.convnets import is_convnet
 from quantry.headers import TensorInfo
-from quantry.recipe import dividing_group_sizes
-from quantry.reports import Estimate, LayerPlan
+from quantry.levels import check_classifier_levels, is_compensated
+from quantry.recipe import BiasCompensationStep, dividing_group_sizes
+from quantry.reports import LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
     block_values,
+    channel_count,
     check_tensors,
     is_quantized,
     pixel_count,
@@ -36,19 +38,14 @@ VISION_METHODS = (
     "softmax_bias",
 )
 _METRICS: tuple[Metric, ...] = ("top1", "top5", "kl")
-_RUNTIME_BYTES = 800 * 2**20
-_BATCH_IMAGES = 32  # that go through a block at once
-_CPU_RATE = (10e9, 200e9)  # operations a second and thread, slow and fast
-_CUDA_RATE = (5e12, 100e12)
-_SEARCH_PASSES = {"uniform": 2, "repq": 6, "igq": 12, "adalog": 200, "ptq4vit": 400}
 
 
 @dataclass(frozen=True)
 class VisionPlan:
     """What a job on a classifier will do. `spec` has every default that depends on the model filled in.
 
-    widest: columns of a layer, at most. Of one image: pixels, all channels together; stream, the values between
-    blocks, and block_values, those of the largest tensor inside one, at most.
+    widest: columns of a layer, at most. blocks: with stem and head. Of one image: pixels, all channels together;
+    stream, the values between blocks, and block_values, those of the largest tensor inside one, at most.
     """
 
     spec: JobSpec
@@ -59,7 +56,9 @@ class VisionPlan:
     quantized_weights: int
     widest: int
     classes: int
+    blocks: int
     tokens: int
+    channels: int
     pixels: int
     stream: int
     block_values: int
@@ -95,14 +94,16 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
         spec=resolved,
-        format="quantry",
+        format=resolved.format,
         family=family,
         layers=tuple(_layer_plans(named, layers)),
         parameters=sum(info.numel for info in named.values()),
         quantized_weights=weights,
         widest=max(info.numel // info.shape[0] for info in layers.values()),
         classes=classes,
+        blocks=2 + sum(name.endswith("fc1.weight") for name in layers),
         tokens=tokens,
+        channels=channel_count(family, config),
         pixels=pixel_count(family, config),
         stream=tokens * stem_width(family, config),
         block_values=block_values(family, config),
@@ -111,81 +112,6 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         effective_bits=round(bits / weights, 4),
         warnings=tuple(_warnings(resolved)),
     )
-
-
-def estimate_vision(
-    plan: VisionPlan,
-    *,
-    threads: int,
-    cuda: bool,
-    evaluation_images: int | None = None,
-    loaded_bytes: int = 0,
-) -> Estimate:
-    """The dry run's answer: memory and time from counted operations, a wide range on purpose.
-
-    Args:
-        evaluation_images: how many the evaluation could take, None where that is not known.
-        loaded_bytes: of the arrays of images that are read whole before some are chosen.
-    """
-    evaluated, warnings = evaluated_images(plan.spec, evaluation_images), plan.warnings
-    if evaluated is None:
-        warnings = (
-            *warnings,
-            "the number of evaluation images is not known yet: their memory and time are left out",
-        )
-    low, high = _seconds(plan, evaluated or 0, threads=threads, cuda=cuda)
-    return Estimate(
-        spec=plan.spec,
-        format=plan.format,
-        architecture=plan.family.architecture,
-        parameters=plan.parameters,
-        layers=plan.layers,
-        fp_bytes=plan.fp_bytes,
-        quantized_bytes=plan.quantized_bytes,
-        effective_bits=plan.effective_bits,
-        peak_memory_bytes=_peak_memory(plan, evaluated or 0) + loaded_bytes,
-        seconds_low=low,
-        seconds_high=high,
-        warnings=warnings,
-    )
-
-
-def evaluated_images(spec: JobSpec, available: int | None) -> int | None:
-    """Images that will be evaluated, at most; None where that is not known."""
-    if spec.evaluation is None:
-        return 0
-    counts = [count for count in (spec.evaluation.samples, available) if count is not None]
-    return min(counts, default=None)
-
-
-def _peak_memory(plan: VisionPlan, evaluated: int) -> int:
-    """Bytes at the worst moment: runtime, networks, pixels, a stream of values each, one batch, one Hessian.
-
-    All float32. The network is held as float, as round-to-nearest and as the result; a Hessian with its cross
-    moments, its factor and a work copy. A stream starts as a copy of the pixels; one at a time is held as it was
-    and as it will be.
-    """
-    calibrated = plan.spec.calibration.samples
-    streams = [calibrated, calibrated, *[evaluated] * _evaluation_streams(plan.spec)]
-    pixels = plan.pixels * (calibrated + evaluated)
-    values = max(plan.pixels, plan.stream) * sum(streams) + min(plan.pixels, plan.stream) * max(streams)
-    batch = 3 * _BATCH_IMAGES * plan.block_values
-    return _RUNTIME_BYTES + 4 * (3 * plan.parameters + pixels + values + batch + 4 * plan.widest**2)
-
-
-def _seconds(plan: VisionPlan, evaluated: int, *, threads: int, cuda: bool) -> tuple[float, float]:
-    """A range of wall-clock seconds once a worker has the job and the model is on its disk."""
-    activation = plan.spec.activation_step
-    search = _SEARCH_PASSES.get(activation.method, 2) if activation else 0
-    images = plan.spec.calibration.samples * (6 + search) + evaluated * _evaluation_streams(plan.spec)
-    operations = 2.0 * plan.quantized_weights * plan.tokens * images
-    slow, fast = _CUDA_RATE if cuda else [rate * threads for rate in _CPU_RATE]
-    return round(1 + operations / fast, 1), round(40 + 4 * operations / slow, 1)
-
-
-def _evaluation_streams(spec: JobSpec) -> int:
-    """Networks that the evaluation images go through."""
-    return 1 + len(spec.evaluation.baselines) if spec.evaluation else 0
 
 
 def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:
@@ -206,8 +132,13 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
     """Bits of codes, float16 scales, zero-points and the float32 biases that compensation adds."""
     step, compensation, rows = spec.weight_step, spec.compensation, info.shape[0]
     scales = info.numel // step.group_size if step.group_size else rows
-    bits = step.bits * info.numel + (16 if step.symmetric else 16 + step.bits) * scales
-    if compensation is None:
+    width, scale = step.bits, 16
+    if spec.format == "onnx":  # whole containers, float32 scales
+        width, scale = (4 if step.bits <= 4 else 8), 32
+    bits = (
+        width * info.numel + (scale if step.symmetric and spec.format != "onnx" else scale + width) * scales
+    )
+    if compensation is None or not is_compensated(compensation, name.removesuffix(".weight")):
         return bits
     if compensation.granularity == "channel":
         return bits + (0 if had_bias else 32 * rows)
@@ -216,7 +147,13 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
 
 
 def _warnings(spec: JobSpec) -> Iterator[str]:
-    yield "the quantry format loads in transformers after `import quantry`"
+    if spec.format == "quantry":
+        yield "the quantry format loads in transformers after `import quantry`"
+    elif spec.weight_step.bits <= 4 and spec.activation_step is None:
+        yield (
+            "ONNX Runtime rounds the inputs of 4-bit weights to 8 bits, unless the session is told "
+            "session.qdq_matmulnbits_accuracy_level = 1"
+        )
     if spec.compensation and spec.compensation.granularity == "position_channel":
         yield "a bias per position is stored for every layer, in float32: it can outweigh the packed weights"
 
@@ -235,10 +172,14 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
                 "the twin grid of `ptq4vit` is made for GELU, and this model's hidden_act is "
                 f"`{activation_function(config)}`: use another activation method, such as `uniform`",
             )
+        if isinstance(step, BiasCompensationStep):
+            check_classifier_levels(f"recipe.{index}.levels", step, str(config.get("model_type")))
     refuse_diffusion(spec)
-    if spec.format not in ("auto", "quantry"):
+    if spec.format not in ("auto", "quantry", "onnx"):
         raise SpecError(
-            "format", f"{spec.format} has no place for a classifier's convolution and quantizers: use quantry"
+            "format",
+            f"{spec.format} has no place for a classifier's convolution and quantizers: use quantry, or onnx for "
+            "static uniform grids",
         )
     if spec.accept.perplexity_increase_max is not None:
         raise SpecError(
@@ -280,7 +221,8 @@ def resolve_images(spec: JobSpec, classes: int) -> JobSpec:
             )
         dataset = _images(spec, "evaluation")
         evaluation = evaluation.model_copy(update={"dataset": dataset, "metrics": metrics})
-    return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation, "format": "quantry"})
+    written = "onnx" if spec.format == "onnx" else "quantry"
+    return spec.model_copy(update={"calibration": calibration, "evaluation": evaluation, "format": written})
 
 
 def _images(spec: JobSpec, role: str) -> DatasetRef:

@@ -17,8 +17,8 @@ from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
 from quantry.recipe import AdalogStep, IgqStep, Ptq4vitStep, RepqStep, SmoothquantStep, UniformStep
 from quantry.reports import OperandReport
-from worker.block import Dressing
 from worker.calibration.streams import Stream
+from worker.dressing import Dressing
 from worker.memory import release_memory
 from worker.methods import adalog, igq, ptq4vit, repq, uniform
 from worker.methods.activations import Calibrated, Images, names_of, observe

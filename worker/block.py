@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import repeat
 
 import torch
 from torch import Tensor, nn
 
-from quantry.layers.operands import attach, set_probability_bias
-from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import BiasCompensationStep, GptqStep, WeightStep
 from worker.calibration.halves import Halves, Parts
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
-from worker.calibration.walk import Passage, passage
+from worker.calibration.walk import Passage, Rerun, passage
+from worker.compensation import Compensator, MeanError, merged
+from worker.dressing import Dressing
 from worker.errors import CalibrationError
 from worker.memory import release_memory
-from worker.methods.bias_compensation import channel_bias, position_bias
 from worker.models.calls import run_block
 from worker.models.network import Network, as_tokens, join
 from worker.steps import WEIGHT_STEPS, WeightResult, needs_statistics
@@ -35,38 +34,6 @@ class QuantizedBlock:
     module: nn.Module
     added: dict[str, Tensor]
     damping: dict[str, float]
-
-
-@dataclass(frozen=True)
-class Dressing:
-    """The activation quantizers of a network and its softmax corrections.
-
-    quantizers: by place, `<layer>.input` or `<attention>.query` and so on, full names. probability_bias:
-    (H, 1, 1) or (1, 1, 1) by attention module.
-    """
-
-    quantizers: Mapping[str, ActivationQuantizer] = field(default_factory=dict)
-    probability_bias: Mapping[str, Tensor] = field(default_factory=dict)
-
-    def dress(self, prefix: str, module: nn.Module) -> None:
-        """Attach copies of what belongs to the block whose names start with `prefix`."""
-        names = dict(module.named_modules())
-        device = next(module.parameters()).device
-        for place, quantizer in self.quantizers.items():
-            inside = _inside(prefix, place)
-            if inside is not None and inside.rpartition(".")[0] in names:
-                attach(module, inside, copy.deepcopy(quantizer).to(device))
-        for attention, bias in self.probability_bias.items():
-            inside = _inside(prefix, attention)
-            if inside is not None and inside in names:
-                set_probability_bias(module, inside, bias.to(device))
-
-
-def _inside(prefix: str, name: str) -> str | None:
-    """The name without the block's prefix; None where it is another block's."""
-    if not prefix:
-        return name
-    return name.removeprefix(f"{prefix}.") if name.startswith(f"{prefix}.") else None
 
 
 class BlockQuantizer:
@@ -85,7 +52,8 @@ class BlockQuantizer:
         dressing: Dressing | None = None,
         chosen: Mapping[str, QuantizedWeight] | None = None,
     ) -> None:
-        self.model, self.step, self.compensation, self.positions = model, step, compensation, positions
+        self.model, self.step, self.positions = model, step, positions
+        self.compensation = Compensator(model, compensation) if compensation else None
         self.dressing = dressing or Dressing()
         self.chosen = chosen or {}
 
@@ -111,6 +79,8 @@ class BlockQuantizer:
         late: dict[str, Tensor] = {}
         groups = self.model.groups(index)
         passages = self._passages(index, original, block, given, floating)
+        again = self.compensation is not None and not self._published and self.compensation.of_ends(index)
+        entered = given.hidden.clone() if again and given is not None else None
         if self.sequential:
             for group in groups:
                 statistics = self._gather(index, block.module, group, *passages)
@@ -132,9 +102,20 @@ class BlockQuantizer:
         for name, bias in late.items():  # as published: the base quantizer never saw these biases
             self._add_bias(block, name, bias)
         if floating is not None and passages[1] is not None and not self._float_leaves:
-            self._finish_float(index, block, floating, passages[1])
+            end = self._compensate_units(index, original, block, floating, passages[1])
+            self._finish_float(index, block, floating, end)
+        if entered is not None and given is not None and floating is not None:
+            self.compensate_end(index, block, floating, given)
+            given.hidden = entered  # once more, so that a resumed job sees the same bits
+            given.advance(block.module, index)
         release_memory()
         return block
+
+    def compensate_end(self, index: int, block: QuantizedBlock, floating: Stream, deployed: Stream) -> None:
+        """Compensate what the networks have computed up to the end of the block, where a level asks for it."""
+        layer = self.compensation.of_ends(index) if self.compensation else None
+        if self.compensation and layer:
+            self._add_bias(block, layer, self.compensation.of_streams(floating, deployed))
 
     @property
     def sequential(self) -> bool:
@@ -143,7 +124,7 @@ class BlockQuantizer:
 
     @property
     def _published(self) -> bool:
-        return self.compensation is not None and self.compensation.targets == "published"
+        return self.compensation is not None and self.compensation.published
 
     @property
     def _float_leaves(self) -> bool:
@@ -241,9 +222,9 @@ class BlockQuantizer:
             if result.damping is not None:
                 block.damping[name] = result.damping
             install(block.module, name, block.layers[name])
-            if self.compensation is None or statistics is None:
+            if self.compensation is None or statistics is None or not self.compensation.corrects(index, name):
                 continue
-            bias = self._compensation(weight, quantized.dequantize(), statistics)
+            bias = self.compensation.of_layer(weight, quantized.dequantize(), statistics)
             if self._published:
                 late[name] = bias
             else:
@@ -251,46 +232,35 @@ class BlockQuantizer:
 
     @property
     def _per_position(self) -> bool:
-        return self.compensation is not None and self.compensation.granularity == "position_channel"
-
-    def _compensation(self, w: Tensor, w_q: Tensor, statistics: InputStatistics) -> Tensor:
-        """The bias to add: (out,), or (positions, out)."""
-        assert self.compensation is not None
-        given = statistics.sum_f if self._published else statistics.sum_q
-        compute = position_bias if self._per_position else channel_bias
-        return compute(w, w_q, statistics.sum_f, given)
+        return self.compensation is not None and self.compensation.per_position
 
     def _add_bias(self, block: QuantizedBlock, name: str, bias: Tensor) -> None:
-        layer = block.layers[name]
-        if bias.ndim == 2:
-            total = bias if layer.position_bias is None else layer.position_bias + bias
-            block.layers[name] = replace(layer, position_bias=total)
-        else:
-            merged = bias if layer.bias is None else layer.bias + bias
-            block.layers[name] = replace(
-                layer, bias=merged, added_bias=layer.added_bias or layer.bias is None
-            )
+        block.layers[name] = merged(block.layers[name], bias)
         added = bias.mean(0) if bias.ndim == 2 else bias
         block.added[name] = block.added.get(name, torch.zeros_like(added)) + added
         install(block.module, name, block.layers[name])
 
+    def _compensate_units(
+        self, index: int, original: nn.Module, block: QuantizedBlock, floating: Stream, floats: Passage
+    ) -> Passage:
+        """As published, the biases of the modules inside the block; returns what takes the float stream to its end."""
+        if self.compensation is None or not self.compensation.units(index):
+            return floats
+        floats.close()
+        for name, bias in self.compensation.of_units(index, original, block.module, floating).items():
+            self._add_bias(block, name, bias)
+        return Rerun(original, (), floating, index)
+
     def _finish_float(self, index: int, block: QuantizedBlock, floating: Stream, floats: Passage) -> None:
         """Move the float stream on; as published, fit the block's own output bias on float inputs on the way."""
-        layer = self.model.output_layer(index) if self._published else None
-        axes = (0,) if self._per_position else (0, 1)
-        total: Tensor | None = None
-        count = 0
+        layer = self.compensation.of_block(index) if self.compensation and self._published else None
+        mean = MeanError(self._per_position)
         for where, states, out in floats.finish():
-            if layer is None:
-                continue
-            call = floating.calls[where.stop - where.start][index]
-            error = (out.float() - run_block(block.module, states, call).float()).sum(
-                axes, dtype=torch.float64
-            )
-            total = error if total is None else total + error
-            count += len(out) if self._per_position else out[..., 0].numel()
-        if layer is not None and total is not None:
-            self._add_bias(block, layer, (total / count).float())
+            if layer is not None:
+                call = floating.calls[where.stop - where.start][index]
+                mean.add(out, run_block(block.module, states, call))
+        if layer is not None:
+            self._add_bias(block, layer, mean.value)
 
 
 def install(module: nn.Module, name: str, layer: QuantizedLayer) -> None:

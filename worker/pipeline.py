@@ -19,10 +19,12 @@ from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
 from quantry.reports import BitOperations, Manifest, QualityRow, Report, SizeReport
-from quantry.vision_planning import VisionPlan, estimate_vision
+from quantry.vision_costs import estimate_vision
+from quantry.vision_planning import VisionPlan
 from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore
 from worker.export import export, write_manifest, write_model_card
+from worker.export.onnx_folder import write_onnx
 from worker.export.quantry_format import Operands
 from worker.export.verify import verify
 from worker.export.vision import write_vision
@@ -124,6 +126,19 @@ def _export(job: Prepared, sweep: BlockSweep, target: Path) -> Manifest:
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
     layers = sweep.store.layers(job.model)
+    if isinstance(job.model, VisionModel) and job.plan.format == "onnx":
+        assert job.calibration is not None
+        return write_onnx(
+            job.folder,
+            target,
+            network=job.model.network,
+            layers=layers,
+            quantizers=sweep.dressing.quantizers,
+            probability_bias=sweep.dressing.probability_bias,
+            image_shape=job.calibration.shape[1:],
+            recipe=job.spec.recipe,
+            base_model=job.spec.model.id,
+        )
     if isinstance(job.model, VisionModel):
         return write_vision(
             job.folder,
@@ -137,6 +152,7 @@ def _export(job: Prepared, sweep: BlockSweep, target: Path) -> Manifest:
         )
     assert isinstance(job.plan, Plan)
     assert isinstance(job.model, CausalLM)
+    assert job.plan.format != "onnx"
     return export(
         job.folder,
         target,
@@ -273,7 +289,9 @@ def _size(job: Prepared, sweep: BlockSweep, artifact: Path) -> SizeReport:
         bits += layer.weight.storage_bits() + 8 * bias
         weights += layer.weight.codes.numel()
         added += bias
-    stored = sum(f.stat().st_size for f in artifact.iterdir() if f.suffix in (".safetensors", ".gguf"))
+    stored = sum(
+        f.stat().st_size for f in artifact.iterdir() if f.suffix in (".safetensors", ".gguf", ".onnx")
+    )
     return SizeReport(
         fp_bytes=job.plan.fp_bytes,
         quantized_bytes=stored,

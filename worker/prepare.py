@@ -23,7 +23,7 @@ from quantry.vision_planning import VisionPlan, plan_vision
 from worker.calibration.images import ImageSet, calibration_images, check_labels, load_images, pixels
 from worker.calibration.images import overlap as overlap_of_images
 from worker.calibration.texts import calibration_windows, cut_windows, load_text, overlap, tokenize
-from worker.errors import DatasetError, DeviceError, ModelError, RecipeError
+from worker.errors import DatasetError, DeviceError, ModelError, NonFiniteError, RecipeError
 from worker.metrics.quality import ClassifierJudge, Judge, PerplexityJudge
 from worker.models.causal_lm import CausalLM
 from worker.models.network import Network
@@ -103,6 +103,7 @@ def _classifier(
     progress.stage(State.PREPARING, "processing the calibration images")
     calibration = pixels(images, folder, channels, progress.advance)
     _check_size(model, calibration)
+    _check_finite(model, calibration)
     if spec.evaluation is None:
         judge = ClassifierJudge(torch.empty(0), ())
         return _prepared(planned, folder, model, calibration, None, "", judge, [], progress)
@@ -123,6 +124,15 @@ def _check_size(model: VisionModel, images: Tensor) -> None:
         raise ModelError(
             f"{model.folder.name}: preprocessor_config.json makes images of {given[1]}x{given[2]}, config.json "
             f"says {wanted[1]}x{wanted[2]}: make them agree"
+        )
+
+
+def _check_finite(model: VisionModel, images: Tensor) -> None:
+    """That the float network computes numbers, before anything is fitted to it. Raises NonFiniteError."""
+    if not torch.isfinite(model.logits(images[: model.images_at_once])).all():
+        raise NonFiniteError(
+            f"{model.folder.name} computes NaN or infinity on calibration images in full precision: check the "
+            "checkpoint and its preprocessor_config.json"
         )
 
 

@@ -20,9 +20,10 @@ from quantry.jobs import State
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import RtnStep
 from quantry.reports import BlockReport, LayerReport
-from worker.block import BlockQuantizer, Dressing, QuantizedBlock, install
+from worker.block import BlockQuantizer, QuantizedBlock, install
 from worker.calibration.store import BlockStore, FinishedBlock
 from worker.calibration.streams import Stream, difference
+from worker.dressing import Dressing
 from worker.methods.rtn import rtn
 from worker.metrics.layer_error import ErrorSum, layer_errors
 from worker.metrics.quality import Judge, full_precision
@@ -62,8 +63,11 @@ class SweepResult:
 
 @dataclass
 class _Streams:
+    """deployed: as `given`, but with the biases of compensation that the base quantizer must not see."""
+
     given: Stream | None = None
     floating: Stream | None = None
+    deployed: Stream | None = None
     evaluation: dict[str, Stream] = field(default_factory=dict)
 
 
@@ -160,12 +164,18 @@ class BlockSweep:
             if self.quantizer.wants_float:
                 with self._full_precision(True):
                     streams.floating = Stream.embed(self.model, self.calibration)
+            step = self.spec.compensation
+            if step is not None and step.targets == "published" and "model" in (step.levels or ()):
+                streams.deployed = Stream.embed(self.model, self.calibration)
         return streams
 
     def _visit(self, index: int, original: nn.Module, streams: _Streams) -> FinishedBlock:
         began = time.perf_counter()
         with self.cost:
             block = self.quantizer.quantize(index, original, streams.given, streams.floating)
+            if streams.deployed is not None and streams.floating is not None:
+                streams.deployed.advance(block.module, index)
+                self.quantizer.compensate_end(index, block, streams.floating, streams.deployed)
         nearest = self._round_to_nearest(index, original) if "rtn" in streams.evaluation else None
         reports = self._layer_reports(index, original, block, nearest, streams)
         self._advance_evaluation(index, original, block.module, nearest, streams)
@@ -189,6 +199,8 @@ class BlockSweep:
         if published:
             for name, layer in layers.items():
                 install(module, name, layer)
+        if streams.deployed is not None:
+            streams.deployed.advance(module, index)
         self._advance_evaluation(index, original, module, nearest, streams)
 
     def _advance_evaluation(

@@ -53,7 +53,8 @@ class Entry:
     formats: tuple[str, ...] = ("quantry",)  # the only one with a place for every quantizer of activations
 
 
-_WEIGHTS = ("compressed-tensors", "gptq", "gguf", "quantry")
+_WEIGHTS = ("compressed-tensors", "gptq", "gguf", "quantry", "onnx")
+_STATIC = ("quantry", "onnx")
 _ENTRIES = {
     "rtn": Entry(
         RtnStep, "Round to nearest: each weight to the nearest point of its grid", "light", _WEIGHTS
@@ -73,7 +74,7 @@ _ENTRIES = {
         SvdquantStep, "SVDQuant: smoothing, a low-rank branch in 16 bits, the rest on a grid", "medium"
     ),
     "uniform": Entry(
-        UniformStep, "Uniform activations: one evenly spaced grid a tensor, or one a token", "light"
+        UniformStep, "Uniform activations: one evenly spaced grid a tensor, or one a token", "light", _STATIC
     ),
     "ptq4vit": Entry(
         Ptq4vitStep,
@@ -110,6 +111,7 @@ _ENTRIES = {
         SoftmaxBiasStep,
         "Softmax bias correction: give attention probabilities the mass back that rounding takes",
         "light",
+        _STATIC,
     ),
     "accuquant": Entry(
         AccuquantStep,

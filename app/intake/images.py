@@ -13,7 +13,7 @@ from app.intake.datasets import Role, Sources, check_suffix, find, split_of
 from app.intake.errors import DatasetNotFound, DatasetRefused
 from quantry.archives import ArchiveError, opened
 from quantry.bundled import NotBundledError, bundled_images
-from quantry.contract import DatasetRef, JobSpec
+from quantry.contract import DatasetRef
 from quantry.labels import (
     IMAGE_SUFFIXES,
     LABEL_FILES,
@@ -24,6 +24,7 @@ from quantry.labels import (
 )
 from quantry.npz import ImageArrays, Split, read_labels, read_layout
 from quantry.training import FixedPointTrainingStep
+from quantry.vision_planning import VisionPlan
 
 SUFFIXES = (".npz", ".zip")  # uploaded files are kept as a stored zip
 
@@ -33,12 +34,13 @@ class Counts:
     """What the part of a set that is read holds.
 
     labels: the least and the largest, None where images have none. loaded_bytes: of the arrays that are read
-    whole; 0 of files, which are decoded one by one.
+    whole; 0 of files, which are decoded one by one. channels: None of files.
     """
 
     images: int
     labels: tuple[int, int] | None
     loaded_bytes: int
+    channels: int | None = None
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,16 @@ def read_images(ref: DatasetRef, role: Role, sources: Sources, *, labelled: bool
     return Images(found.ref, f"{found.name} ({split})", counts)
 
 
-def check_images(spec: JobSpec, classes: int, calibration: Images, evaluation: Images | None) -> None:
-    """Refuse what a worker would: too few images, labels that the head does not know. Raises DatasetRefused."""
-    samples = spec.calibration.samples
+def check_images(plan: VisionPlan, calibration: Images, evaluation: Images | None) -> None:
+    """Refuse what a worker would: too few images, of other channels, labels beyond the head. Raises DatasetRefused."""
+    samples, classes = plan.spec.calibration.samples, plan.classes
+    for role, images in (("calibration", calibration), ("evaluation", evaluation)):
+        found = images.counts.channels if images is not None and images.counts is not None else None
+        if images is not None and found not in (None, plan.channels, 1 if plan.channels == 3 else None):
+            raise DatasetRefused(
+                f"{role}.dataset.id",
+                f"{images.name} has {found} channels, the model takes {plan.channels}; give images of as many",
+            )
     if calibration.counts is not None and calibration.counts.images < samples:
         raise DatasetRefused(
             "calibration.samples",
@@ -157,7 +166,9 @@ def _count_arrays(path: Path, name: str, split: Split, role: Role, labelled: boo
     if len({(part.images.shape[1:], part.labels is None) for part in parts}) > 1:
         raise _UnfitError(f"{name}: train and test differ in the images' shape, or one has no labels")
     labels = _label_range(path, name, parts) if labelled else None
-    return Counts(images, labels, sum(part.images.nbytes for part in parts))
+    shape = parts[0].images.shape
+    channels = {4: shape[-1], 3: 1}.get(len(shape))
+    return Counts(images, labels, sum(part.images.nbytes for part in parts), channels)
 
 
 def _label_range(path: Path, name: str, parts: Sequence[ImageArrays]) -> tuple[int, int] | None:

@@ -26,7 +26,8 @@ from quantry.planning import Plan, plan
 from quantry.reports import Estimate
 from quantry.training_planning import TrainingPlan, estimate_training, is_trainable, plan_training
 from quantry.vision import is_vision, vision_family_of
-from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
+from quantry.vision_costs import estimate_vision
+from quantry.vision_planning import VisionPlan, plan_vision
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _language_model(spec: JobSpec, outside: Outside, sources: Sources) -> Prepar
 def _classifier(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
     planned = plan_vision(spec, outside.config, outside.tensors)  # its spec names the model's default images
     calibration, evaluation = _image_sets(planned.spec, sources)
-    check_images(planned.spec, planned.classes, calibration, evaluation)
+    check_images(planned, calibration, evaluation)
     pinned = _pinned(planned.spec, calibration.ref, evaluation.ref if evaluation else None)
     counts = [found.counts for found in (calibration, evaluation) if found and found.counts]
     return Prepared(

@@ -38,6 +38,7 @@ class FormatName(StrEnum):
     GPTQ = "gptq"
     GGUF = "gguf"
     QUANTRY = "quantry"
+    ONNX = "onnx"
 
 
 class Device(StrEnum):

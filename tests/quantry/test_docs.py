@@ -52,7 +52,7 @@ def test_diffusion_md_names_every_pipeline_step_and_paper() -> None:
 
 
 def test_vision_md_names_every_family_step_and_paper() -> None:
-    assert len(REQUESTS) == 3
+    assert len(REQUESTS) == 4
     for name in (*VISION_FAMILIES, *VISION_METHODS):
         assert f"`{name}`" in VISION
     for method in VISION_METHODS:

@@ -16,8 +16,9 @@ from quantry.contract import JobRequest
 from quantry.headers import TensorInfo, read_header
 from quantry.reports import Estimate
 from quantry.vision import VISION_FAMILIES, class_count
+from quantry.vision_costs import estimate_vision
 from quantry.vision_layers import tensor_shapes, tensors_in_memory
-from quantry.vision_planning import VisionPlan, estimate_vision, plan_vision
+from quantry.vision_planning import VisionPlan, plan_vision
 
 IMAGES = {"dataset": {"source": "local", "id": "images.npz"}}
 REQUEST: dict[str, Any] = {"model": "a/b", "bits": 4, "method": "uniform", "calibration": IMAGES}
@@ -231,3 +232,18 @@ def test_an_unknown_number_of_evaluation_images_is_said_to_be_left_out() -> None
     none = estimated(planned(evaluation=None), None)
     assert not any("not known" in warning for warning in none.warnings)
     assert unknown.peak_memory_bytes == none.peak_memory_bytes
+
+
+def test_ptq4vit_holds_what_enters_every_block() -> None:
+    def peak(step: dict[str, Any]) -> int:
+        calibration = {**IMAGES, "samples": 4096}
+        recipe = [{"method": "rtn", "bits": 4}, step]
+        found, tensors = tiny("vit")
+        request = JobRequest.model_validate(
+            {"model": "a/b", "recipe": recipe, "calibration": calibration, "evaluation": None}
+        )
+        plan = plan_vision(request.resolve(), found, tensors)
+        return estimated(plan, 0).peak_memory_bytes
+
+    fisher, plain = (peak({"method": "ptq4vit", "bits": 4, "metric": metric}) for metric in ("fisher", "mse"))
+    assert fisher > plain == peak({"method": "uniform", "bits": 4})

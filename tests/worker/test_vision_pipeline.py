@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from quantry.checkpoint import CheckpointError, load
 from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
 from worker.activations import calibrate_activations
-from worker.errors import DatasetError, ModelError, RecipeError
+from worker.errors import DatasetError, ModelError, NonFiniteError, RecipeError
 from worker.pipeline import run
 from worker.prepare import prepare
 from worker.progress import Progress
@@ -121,6 +122,27 @@ def test_every_method_runs_and_its_artifact_computes_the_same(name: str, workspa
     assert operations is None or (operations.overhead > 0) == (name in ("token", "igq"))  # found as it runs
 
 
+@pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_static_grids_are_written_as_onnx_that_onnx_runtime_runs(family: str, workspace: Workspace) -> None:
+    recipe = [
+        {"method": "rtn", "bits": 8},
+        {"method": "uniform", "bits": 8},
+        {"method": "bias_compensation"},
+        {"method": "softmax_bias"},
+    ]
+    report = quantize(workspace, job(workspace, family, recipe, format="onnx")).report
+    assert report.format == "onnx"
+    assert report.verification["loader"] == "onnxruntime"
+    assert float(report.verification["relative_difference"]) < 0.02
+    names = {path.name for path in workspace.artifact.iterdir()}
+    assert names >= {"model.onnx", "config.json", "preprocessor_config.json", "manifest.json", "README.md"}
+    assert "model.safetensors" not in names
+    assert report.size.quantized_bytes == (workspace.artifact / "model.onnx").stat().st_size
+    with pytest.raises(CheckpointError, match="open it with onnxruntime"):
+        load(workspace.artifact)
+
+
 def test_every_long_stage_says_how_far_it_is(workspace: Workspace) -> None:
     recipe = [{"method": "rtn", **GRID}, {"method": "igq", "groups": 2, "allocation": "ilp", **GRID}]
     written = io.StringIO()
@@ -177,6 +199,11 @@ def test_the_accuracy_gate_rejects(workspace: Workspace) -> None:
     ("recipe", "changes", "path"),
     [
         (RECIPES["weights"], {"format": "gptq"}, "format"),
+        (
+            [{"method": "rtn", "bits": 4}, {"method": "bias_compensation", "levels": ["block"]}],
+            {"family": "dinov2"},
+            "recipe.1.levels",
+        ),
         ([{"method": "rtn", "bits": 4, "group_size": 24}], {}, "recipe.0.group_size"),
         ([{"method": "rtn", "bits": 8}, {"method": "smoothquant"}], {}, "recipe.1"),
         (RECIPES["uniform"], {"compute_dtype": "bfloat16"}, "compute_dtype"),
@@ -186,8 +213,22 @@ def test_the_accuracy_gate_rejects(workspace: Workspace) -> None:
 def test_what_a_classifier_cannot_take_is_refused(
     recipe: list[dict[str, Any]], changes: dict[str, Any], path: str, workspace: Workspace
 ) -> None:
+    family = changes.get("family", "vit")
+    rest = {name: value for name, value in changes.items() if name != "family"}
     with pytest.raises(RecipeError, match=path):
-        quantize(workspace, job(workspace, "vit", recipe, **changes))
+        quantize(workspace, job(workspace, family, recipe, **rest))
+
+
+@pytest.mark.parametrize("name", ["weights", "token", "ptq4vit"])
+def test_a_network_that_overflows_is_refused_before_it_is_fitted(name: str, workspace: Workspace) -> None:
+    request = job(workspace, "vit", RECIPES[name], evaluation=None)
+    file = workspace.model_roots[0] / "model" / "model.safetensors"
+    tensors = load_file(file)
+    norm = next(key for key in tensors if key.endswith("layernorm_before.weight"))
+    save_file({**tensors, norm: torch.full_like(tensors[norm], 1e30)}, file, metadata={"format": "pt"})
+    with pytest.raises(NonFiniteError, match="in full precision"):
+        quantize(workspace, request)
+    assert not workspace.artifact.exists()
 
 
 def test_metrics_that_can_only_be_perfect_are_refused(workspace: Workspace) -> None:

@@ -70,6 +70,12 @@ def loader_of(folder: Path, format: str) -> Loader:
         file = next(folder.glob("*.gguf")).name
         snippet = f'from llama_cpp import Llama\nmodel = Llama("{name}/{file}")'
         return Loader(package="llama-cpp-python", version=">=0.3", snippet=snippet)
+    if format == "onnx":
+        snippet = (
+            f'import onnxruntime\nsession = onnxruntime.InferenceSession("{name}/model.onnx")\n'
+            '(logits,) = session.run(["logits"], {"pixel_values": pixels})'
+        )
+        return Loader(package="onnxruntime", version=">=1.24", snippet=snippet)
     snippet = f"import quantry\n{imported}model = {stock}"
     return Loader(package="quantry[torch]", version=f">={quantry.__version__}", snippet=snippet)
 

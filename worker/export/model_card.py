@@ -28,6 +28,11 @@ _NOTES = {
         "llama.cpp honours the biases that correction may have added. transformers' `gguf_file=` drops "
         "biases without a word; `quantry.load(folder)` keeps them, as dense weights."
     ),
+    "onnx": (
+        "`pixels` is what the image processor of this folder makes of images: float32 (batch, C, H, W). Where 4-bit "
+        "weights meet inputs without a grid, ONNX Runtime rounds those to 8 bits unless the session is told "
+        "`session.qdq_matmulnbits_accuracy_level = 1`."
+    ),
     "quantry": (
         "`import quantry` must come before `from_pretrained`: without it transformers only warns and loads "
         "random weights. `quantry.load(folder)` is the safe way."

@@ -99,7 +99,7 @@ class _Layer(nn.Module):
         super().__init__()
         if not isinstance(dense, nn.Linear | nn.Conv2d):
             raise ExportError(f"layer `{name}` is no linear layer or convolution of the network")
-        codes, scale, zero_point = signed(layer.weight)
+        codes, scale, zero_point = stored(layer.weight)
         self.register_buffer("codes", codes)
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", zero_point)
@@ -142,21 +142,21 @@ class _Layer(nn.Module):
         return rows.T.reshape(1, -1, y.shape[2], y.shape[3]) if y.dim() == 4 else rows
 
 
-def signed(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
+def stored(weight: QuantizedWeight) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (out, in), scale (out, groups) float32 > 0, and zero_point (out, groups), of the codes' type.
 
-    Symmetric: int8, around 0. A negative scale s is turned by s (q - z) = |s| (q' - z') with q' = -1 - q, so its
-    zero-point is -1; where that would be, runtimes that want 0 there must be given weights quantized otherwise.
+    Symmetric: int8, around 0; of 8 bits uint8, around 128, since processors without VNNI add products of a uint8
+    input and two int8 weights in 16 bits, where they overflow. A negative scale s is turned by
+    s (q - z) = |s| (q' - z') with q' = 2^b - 1 - q and z' alike, so that its zero-point is one less.
     """
     scale, codes, zero = weight.scale.float().cpu(), weight.codes.cpu(), weight.zero_point.cpu()
-    if not weight.symmetric and bool((scale > 0).all()):
-        return codes, scale, zero
-    half = 2 ** (weight.bits - 1)
-    around = (codes.to(torch.int16) - half, zero.to(torch.int16) - half)
+    top, half = 2**weight.bits - 1, 2 ** (weight.bits - 1)
     turned = (scale < 0).repeat_interleave(codes.shape[1] // scale.shape[1], dim=1)
-    q = torch.where(turned, -1 - around[0], around[0])
-    z = torch.where(scale < 0, -1 - around[1], around[1])
-    return q.to(torch.int8), scale.abs(), z.to(torch.int8)
+    q = torch.where(turned, top - codes.to(torch.int16), codes)
+    z = torch.where(scale < 0, top - zero.to(torch.int16), zero)
+    if weight.symmetric and weight.bits < 8:
+        return (q - half).to(torch.int8), scale.abs(), (z - half).to(torch.int8)
+    return q.to(torch.uint8), scale.abs(), z.to(torch.uint8)
 
 
 class _StaticGrid(nn.Module):

@@ -8,6 +8,7 @@ has to.
 
 import importlib
 import json
+import os
 import sys
 import traceback
 from collections.abc import Iterator
@@ -48,6 +49,10 @@ def compare(folder: Path, format: str, reference: Path) -> dict[str, Any]:
 def _forwards(model: Any, tensors: dict[str, Any]) -> Iterator[tuple[Any, Any]]:
     """(logits computed, logits wanted): images in one batch, as they were given; texts one by one."""
     wanted = tensors["logits"].float()
+    if callable(getattr(model, "get_inputs", None)):  # a session of ONNX Runtime
+        found = model.run(["logits"], {"pixel_values": tensors["pixel_values"].numpy()})[0]
+        yield importlib.import_module("torch").from_numpy(found), wanted
+        return
     if "pixel_values" in tensors:
         yield model(pixel_values=tensors["pixel_values"]).logits, wanted
         return
@@ -94,6 +99,8 @@ def _load(folder: Path, format: str, images: bool) -> Any:
         importlib.import_module("quantry")
     elif "quantry" in sys.modules:
         raise RuntimeError("quantry must not have a hand in loading this format")
+    if format == "onnx":
+        return _session(next(folder.glob("*.onnx")))
     transformers = importlib.import_module("transformers")
     auto = transformers.AutoModelForImageClassification if images else transformers.AutoModelForCausalLM
     model, info = auto.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
@@ -103,6 +110,15 @@ def _load(folder: Path, format: str, images: bool) -> Any:
                 f"{len(info[kind])} {kind.replace('_', ' ')}, such as {min(map(str, info[kind]))}"
             )
     return model.eval()
+
+
+def _session(file: Path) -> Any:
+    """A session that multiplies 4-bit weights by float32 inputs where these have no grid."""
+    runtime = importlib.import_module("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", "0"))
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
 
 def main(folder: str, reference: str, format: str) -> int:

@@ -2,15 +2,16 @@
 
 Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024, arXiv:2404.00928.
 Bounds minimise the squared distance to the ranges seen in calibration, by alternating assignments and means.
-The number of grids is the same everywhere, or chosen for each operand by integer programming within the bit
-operations of that. Q, K and V get one static grid a head; the head's input, a single token, one in all. In
-Swin's attention a window is grouped as an image is elsewhere.
+The number of grids is the same everywhere, or chosen for each operand by integer programming within a budget of
+bit operations: those of the same number everywhere, or what the user states. Q, K and V get one static grid a
+head; the head's input, a single token, one in all. In Swin's attention a window is grouped as an image is elsewhere.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -22,7 +23,7 @@ from torch import Tensor
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep
-from worker.errors import CalibrationError, NonFiniteError
+from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import (
     Calibrated,
     Images,
@@ -45,16 +46,18 @@ Candidates = Mapping[int, ActivationQuantizer]  # one operand's quantizers by nu
 def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
     """Quantizers for every operand but the image. Nothing is random.
 
-    Raises: CalibrationError without images or without an allocation, NonFiniteError for NaN or infinity.
+    Raises: CalibrationError without images, RecipeError for a budget that the fewest groups exceed, NonFiniteError
+    for NaN or infinity.
     """
+    budget = budget_of(model, images, step) if step.allocation == "ilp" else None
     images.begin("ranges")
     ranges = collect(model, images.pixels, images.tell)
     static = {o.name: _static(ranges[o.name], step) for o in model.operands if o.kind not in (*AXES, "image")}
     images.begin("bounds")
     grouped = _candidates(model, ranges, step, images.tell)
     groups = dict.fromkeys(grouped, step.groups)
-    if step.allocation == "ilp":
-        groups = _allocated(model, images, grouped, step.groups)
+    if budget is not None:
+        groups = _allocated(model, images, grouped, budget)
     return Calibrated(static | {name: grouped[name][groups[name]] for name in grouped})
 
 
@@ -62,7 +65,7 @@ def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
 def upper_bound(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
     """What more groups approach: a grid for each channel and row of an image, found when it runs. To compare."""
     quantizers = calibrate(
-        model, images, step.model_copy(update={"groups": 1, "allocation": "uniform"})
+        model, images, step.model_copy(update={"groups": 1, "allocation": "uniform", "overhead_max": None})
     ).quantizers
     for operand in model.operands:
         if operand.kind in AXES:
@@ -179,21 +182,47 @@ def group_counts(step: IgqStep) -> tuple[int, ...]:
     return tuple(sorted({max(1, round(quarters * step.groups / 4)) for quarters in QUARTERS}))
 
 
+@dataclass(frozen=True)
+class Budget:
+    """limit: bit operations that finding grids may take in an image. costs: by operand, for each of `group_counts`."""
+
+    limit: float
+    costs: Mapping[str, tuple[int, ...]]
+
+
+def budget_of(model: VisionModel, images: Images, step: IgqStep) -> Budget:
+    """What groups cost in an image of the size given, and what they may. Raises RecipeError if that is too little."""
+    counts = group_counts(step)
+    products = model_products(model, tuple(images.pixels.shape[1:]))
+    costs = {
+        p.operand: tuple(
+            p.overhead({p.operand: GroupedQuantizer(step.bits, groups, AXES[p.kind])}) for groups in counts
+        )
+        for p in products
+        if p.kind in AXES
+    }
+    if step.overhead_max is None:
+        column = counts.index(step.groups)
+        return Budget(float(sum(cost[column] for cost in costs.values())), costs)
+    softmax_bits = step.softmax_bits or step.bits
+    base = sum(p.operations(images.weights.bits, step.bits, softmax_bits) for p in products)
+    least = sum(cost[0] for cost in costs.values())
+    if least > step.overhead_max * base:
+        raise RecipeError(
+            f"igq.overhead_max: {step.overhead_max:.2%} of the bit operations is less than the {least / base:.2%} that "
+            f"{counts[0]} group{'s' if counts[0] > 1 else ''} of every operand take, the fewest around {step.groups}: "
+            "allow more, or give fewer groups"
+        )
+    return Budget(step.overhead_max * base, costs)
+
+
 def _allocated(
-    model: VisionModel, images: Images, grouped: Mapping[str, Candidates], uniform: int
+    model: VisionModel, images: Images, grouped: Mapping[str, Candidates], budget: Budget
 ) -> dict[str, int]:
-    """Groups by operand: the least summed perturbation within the operations of `uniform` groups everywhere."""
-    overhead = {product.operand: product.overhead for product in model_products(model)}
+    """Groups by operand: the least summed perturbation within the budget."""
     counts = list(next(iter(grouped.values())))
-    costs = np.array(
-        [
-            [overhead[name]({name: quantizer}) for quantizer in found.values()]
-            for name, found in grouped.items()
-        ],
-        dtype=np.float64,
-    )
-    budget = float(costs[:, counts.index(uniform)].sum())
-    columns = allocate(perturbations(model, images, grouped), costs, budget)
+    costs = np.array([budget.costs[name] for name in grouped], dtype=np.float64)
+    columns = allocate(perturbations(model, images, grouped), costs, budget.limit)
     return {name: counts[column] for name, column in zip(grouped, columns, strict=True)}
 
 

@@ -10,13 +10,14 @@ Other departures from the published search:
 - a weight has a scale for each output channel, chosen by that channel's own distance;
 - a linear input, Q, K or V may take a grid with a zero-point as well as the symmetric one;
 - Q and K are judged by the output of attention, as P and V are, and not by the scores;
-- d is taken over the rows (tokens, or images) with most Fisher information, and the candidates of a search are
-  screened on the heaviest eighth of them (`worker.methods.ptq4vit_search`).
+- d is taken over the rows (tokens) with most Fisher information, and the candidates of a search are screened on
+  the heaviest of them (`worker.methods.ptq4vit_search`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from itertools import groupby
 
 import torch
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight, quantize_to_grid
-from quantry.recipe import Ptq4vitStep, RtnStep
-from worker.calibration.fisher import fisher_diagonals, run_and_catch, sampled_labels
+from quantry.recipe import FISHER_DRAWS, Ptq4vitStep, RtnStep
+from worker.calibration.fisher import BackwardWalk, Seen
 from worker.errors import CalibrationError, RecipeError
 from worker.methods.activations import Calibrated, Images
 from worker.methods.grids import Grid
@@ -42,9 +43,9 @@ from worker.methods.rtn import on_grid
 from worker.methods.uniform import bits_of, ranges_of
 from worker.models.vision import Operand, VisionModel
 
-DRAWS = 8  # labels drawn for an image
 TOKENS = 1024  # rows of a linear layer that are kept
-SCORES = 1 << 24  # attention scores that are kept
+WINDOWS = 64  # images, or Swin's windows, of an attention module that are kept
+QUERIES = 2048  # of all of them together
 ATTENTION = ("query", "key", "value", "probabilities")
 
 
@@ -59,12 +60,13 @@ def calibrate(model: VisionModel, images: Images, step: Ptq4vitStep) -> Calibrat
             "use another activation method, such as `uniform`"
         )
     spaces = operand_spaces(model, images.pixels, step)
-    labels = sampled_labels(model.logits(images.pixels), DRAWS, images.seed)
+    draws = FISHER_DRAWS if step.metric == "fisher" else 0
+    walk = BackwardWalk(model, images.pixels, draws=draws, seed=images.seed)
     weight_step = images.weights if isinstance(images.weights, RtnStep) else None
     blocks = blocks_of(model)
     found = Calibrated({})
-    for done, operands in enumerate(blocks):
-        kept = kept_rows(model, operands, images, labels, step)
+    for done, operands in enumerate(reversed(blocks)):
+        kept = kept_rows(model, operands, walk, images, step)
         for operand in operands:
             if operand.kind == "query":
                 found.quantizers |= attention_grids(operand.layers[0], kept, spaces, step)
@@ -153,27 +155,31 @@ def blocks_of(model: VisionModel) -> list[list[Operand]]:
 
 
 def kept_rows(
-    model: VisionModel, operands: list[Operand], images: Images, labels: Tensor, step: Ptq4vitStep
+    model: VisionModel, operands: list[Operand], walk: BackwardWalk, images: Images, step: Ptq4vitStep
 ) -> dict[str, tuple[Tensor, ...]]:
     """Of each group of linear layers (by its operand) and each attention module, the rows that weigh most.
 
-    Linear: x (T, in) and F (T, out of all its layers). Attention: Q, K, V, P (B, heads, N, .) and F of the
-    output (B, heads, N, width). Heaviest first; F has mean 1. With the metric `mse`, F is 1 and the rows are
-    drawn at random.
+    Linear: x (T, in) and F (T, out of all its layers). Attention: as `AttentionRows`. Heaviest first; F has mean 1.
+    With the metric `mse`, F is 1 and the rows are drawn at random.
     """
     kept: dict[str, tuple[Tensor, ...]] = {}
     chance = torch.Generator().manual_seed(images.seed)
-    count = model.images_at_once
-    batches = (torch.split(images.pixels, count), torch.split(labels, count, dim=1))
-    for pixels, y in zip(*batches, strict=True):
-        for name, tensors in _seen(model, operands, pixels.to(model.device), y, step).items():
-            keys = torch.rand(len(tensors[0]), generator=chance).to(model.device)
-            if step.metric == "fisher":
-                keys = tensors[-1].flatten(1).sum(1)
-            rows = (keys, *tensors)
+    names = [operand.name for operand in operands]
+    layers = [name for o in operands if o.kind not in ATTENTION for name in o.layers]
+    outputs = [o.name for o in operands if o.kind == "attention_output"]
+
+    def keys(fisher: Tensor) -> Tensor:
+        """What rows (rows, ...) weigh, (rows)."""
+        if step.metric == "fisher":
+            return fisher.flatten(1).sum(1)
+        return torch.rand(len(fisher), generator=chance).to(fisher.device)
+
+    for seen in walk.visit(names, layers, [*layers, *outputs]):
+        for name, tensors in _rows(model, operands, seen, len(images.pixels), keys).items():
+            rows = tensors
             if name in kept:
-                rows = tuple(torch.cat(pair) for pair in zip(kept[name], rows, strict=True))
-            limit = TOKENS if len(tensors) == 2 else max(1, SCORES // tensors[3][0].numel())
+                rows = tuple(torch.cat(pair) for pair in zip(kept[name], tensors, strict=True))
+            limit = TOKENS if len(tensors) == 3 else WINDOWS
             order = rows[0].argsort(descending=True, stable=True)[:limit]
             kept[name] = tuple(tensor[order] for tensor in rows)
     return {name: (*rows[1:-1], _normalised(rows[-1], name)) for name, rows in kept.items()}
@@ -196,33 +202,47 @@ def _normalised(fisher: Tensor, name: str) -> Tensor:
     return (fisher / mean).float()
 
 
-def _seen(
-    model: VisionModel, operands: list[Operand], pixels: Tensor, labels: Tensor, step: Ptq4vitStep
+def _rows(
+    model: VisionModel, operands: list[Operand], seen: Seen, count: int, keys: Callable[[Tensor], Tensor]
 ) -> dict[str, tuple[Tensor, ...]]:
-    """All rows of one batch, in its order, F with mean 1 over each image: see `kept_rows`."""
-    layers = [name for o in operands if o.kind not in ATTENTION for name in o.layers]
-    logits, caught = run_and_catch(model.network, pixels, [o.name for o in operands], layers)
-    outputs = {name: caught[name] for name in layers}
-    outputs |= {o.name: caught[o.name] for o in operands if o.kind == "attention_output"}
-    if step.metric == "fisher":
-        diagonals = fisher_diagonals(logits, labels, list(outputs.values()))
-        diagonals = [by_image(fisher, len(pixels)) for fisher in diagonals]
-    else:
-        diagonals = [torch.ones_like(x, dtype=torch.float32) for x in outputs.values()]
-    fisher = dict(zip(outputs, diagonals, strict=True))
-    caught = {name: x.detach().float() for name, x in caught.items()}
+    """All rows of one batch of the `count` images, `keys` of them first; F has mean 1 over each image."""
+    fisher = {name: by_image(f, seen.images) for name, f in seen.fisher.items()}
     rows: dict[str, tuple[Tensor, ...]] = {}
     for operand in operands:
         if operand.kind == "query":
-            attention = operand.layers[0]
-            tensors = [caught[f"{attention}.{role}"] for role in ATTENTION]
-            of_output = fisher[f"{attention}.o_proj.input"]
-            heads = of_output.view(*of_output.shape[:2], tensors[0].shape[1], -1).transpose(1, 2)
-            rows[attention] = (*tensors, heads)
+            name = operand.layers[0]
+            query, key, value, p = (seen.tensors[f"{name}.{role}"] for role in ATTENTION)
+            windows = len(query) // seen.images * count
+            chosen = _queries(query, key, value, p, fisher[f"{name}.o_proj.input"], windows, keys)
+            rows[name] = (keys(chosen[-1]), *chosen)
         elif operand.kind not in ATTENTION:
-            x = input_rows(model.layer(operand.layers[0]), caught[operand.name])
-            rows[operand.name] = x, torch.cat([output_rows(fisher[name]) for name in operand.layers], 1)
+            x = input_rows(model.layer(operand.layers[0]), seen.tensors[operand.name])
+            of_rows = torch.cat([output_rows(fisher[layer]) for layer in operand.layers], 1)
+            rows[operand.name] = keys(of_rows), x, of_rows
     return rows
+
+
+def _queries(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    probabilities: Tensor,
+    fisher: Tensor,
+    windows: int,
+    keys: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, ...]:
+    """The tensors of `AttentionRows`, with those queries that weigh most. fisher: (B, N, heads * width).
+
+    windows: how many there are in all, of which WINDOWS are kept at most.
+    """
+    images, heads, tokens, width = query.shape
+    count = min(tokens, math.ceil(QUERIES / min(windows, WINDOWS)))
+    chosen = keys(fisher.flatten(0, 1)).view(images, tokens).topk(count).indices[:, None, :, None]
+    by_head = fisher.view(images, tokens, heads, width).transpose(1, 2)
+    of_query, of_row, of_output = (
+        x.gather(2, chosen.expand(-1, heads, -1, x.shape[-1])) for x in (query, probabilities, by_head)
+    )
+    return of_query, key, value, of_row, of_output
 
 
 def input_rows(layer: nn.Linear | nn.Conv2d, x: Tensor) -> Tensor:

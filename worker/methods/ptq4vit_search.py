@@ -5,49 +5,106 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Protocol, Self, TypeVar
+from typing import Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from worker.methods.ptq4vit_spaces import Space
 
-FINALISTS = 8
-CHUNK = 1 << 22  # elements of a temporary, where one candidate takes fewer
+# How candidates are screened: (n, kept) looks at every n-th row, the heaviest, and keeps so many of them. A grid
+# of its own for each channel is chosen from few terms, a tensor's from many.
+CHANNELS = ((64, 50), (16, 20), (4, 6))
+TENSOR = ((64, 24), (16, 8), (4, 3))
+START = 8  # every n-th row finds where the turns start
+CHUNK = {"cpu": 1 << 20, "cuda": 1 << 26}  # elements of a temporary, where one candidate takes fewer
+
+Screening = tuple[tuple[int, int], ...]
 
 
 class Rows(Protocol):
     """What a distance is taken over, the rows of most Fisher information first."""
 
-    @property
-    def few(self) -> Self: ...
+    def part(self, share: int) -> Self:
+        """The first of `share` equal parts of the rows."""
 
 
 R = TypeVar("R", bound=Rows)
+Distances = Callable[[R, Tensor], Tensor]  # of candidates (n, U, P) on some rows: (n, U)
 
 
-def search(distances: Callable[[R, Tensor], Tensor], rows: R, space: Space, incumbent: Tensor) -> Tensor:
-    """The parameters (U, P) of least distance; each of the U is chosen by its own.
+def screened(distances: Distances[R], rows: R, space: Space, screening: Screening) -> Space:
+    """The space with the candidates that are left: of each of the U those of least distance on fewer rows."""
+    candidates = space.candidates
+    for share, kept in screening:
+        if len(candidates) > kept:
+            nearest = distances(rows.part(share), candidates).topk(kept, dim=0, largest=False).indices
+            candidates = candidates.gather(0, nearest.unsqueeze(-1).expand(-1, -1, candidates.shape[-1]))
+    return replace(space, candidates=candidates)
 
-    All candidates are screened on few rows; all rows decide among the FINALISTS and the incumbent, so that the
-    distance on all rows never rises.
 
-    Args:
-        distances: of candidates (n, U, P) on some rows: (n, U). incumbent: (U, P).
-    """
+def nearest(distances: Distances[R], rows: R, space: Space, incumbent: Tensor) -> Tensor:
+    """The parameters (U, P) of least distance on the rows, each of the U by its own; never worse than the incumbent."""
     if len(space.candidates) == 0:
         return incumbent
-    finalists = min(FINALISTS, len(space.candidates))
-    kept = distances(rows.few, space.candidates).topk(finalists, dim=0, largest=False).indices
-    finals = space.candidates.gather(0, kept.unsqueeze(-1).expand(-1, -1, incumbent.shape[-1]))
-    finals = torch.cat([incumbent.unsqueeze(0), finals])
+    finals = torch.cat([incumbent.unsqueeze(0), space.candidates])
     best = distances(rows, finals).argmin(0)
     return finals[best, torch.arange(len(best), device=best.device)]
 
 
+def searched(distances: Distances[R], rows: R, space: Space) -> Tensor:
+    """The parameters (U, P) of a tensor that is searched once."""
+    return nearest(distances, rows, screened(distances, rows, space, TENSOR), space.incumbent)
+
+
+@dataclass
+class Turn(Generic[R]):
+    """One of two searches that take turns. given: distances, for the parameters of the other one."""
+
+    given: Callable[[Tensor], Distances[R]]
+    space: Space
+    screening: Screening
+    shortlist: Space | None = None
+
+    def start(self, rows: R, other: Tensor) -> Tensor:
+        """The parameters to start with, from a few rows."""
+        distances = self.given(other)
+        few = screened(distances, rows, self.space, self.screening[:-1])
+        return nearest(distances, rows.part(START), few, self.space.incumbent)
+
+    def take(self, rows: R, other: Tensor, incumbent: Tensor) -> Tensor:
+        """The best of the shortlist, which the first turn makes: it hardly depends on the other from there on."""
+        distances = self.given(other)
+        if self.shortlist is None:
+            self.shortlist = screened(distances, rows, self.space, self.screening)
+        return nearest(distances, rows, self.shortlist, incumbent)
+
+
+def alternate(rows: R, first: Turn[R], second: Turn[R], rounds: int) -> tuple[Tensor, Tensor]:
+    """Search by turns until neither moves or `rounds` are over; on all rows the distance never rises.
+
+    They start at what a turn on few rows finds, wherever that is better on all rows than the incumbents: the errors
+    of the two make up for each other, and a shortlist made at the incumbents would miss the end.
+    """
+    a, b = first.space.incumbent, second.space.incumbent
+    near_a = first.start(rows, b)
+    near_b = second.start(rows, near_a)
+    before, after = (second.given(x)(rows, y.unsqueeze(0))[0] for x, y in ((a, b), (near_a, near_b)))
+    better = (after < before).unsqueeze(-1)
+    a, b = torch.where(better, near_a, a), torch.where(better, near_b, b)
+    for _ in range(rounds):
+        was = a, b
+        a = first.take(rows, b, a)
+        b = second.take(rows, a, b)
+        if torch.equal(a, was[0]) and torch.equal(b, was[1]):
+            break
+    return a, b
+
+
 def _in_chunks(evaluate: Callable[[Tensor], Tensor], candidates: Tensor, elements: int) -> Tensor:
     """`evaluate` on so many candidates at a time that a temporary of `elements` for each stays small."""
-    return torch.cat([evaluate(part) for part in torch.split(candidates, max(1, CHUNK // elements))])
+    at_once = max(1, CHUNK[candidates.device.type] // elements)
+    return torch.cat([evaluate(part) for part in torch.split(candidates, at_once)])
 
 
 @dataclass(frozen=True)
@@ -62,9 +119,8 @@ class LinearRows:
     def target(self) -> Tensor:
         return self.x @ self.w.T  # a bias would be the same on both sides of eq. 3
 
-    @cached_property
-    def few(self) -> LinearRows:
-        count = max(64, len(self.x) // 8)
+    def part(self, share: int) -> LinearRows:
+        count = max(16, len(self.x) // share)
         return replace(self, x=self.x[:count], fisher=self.fisher[:count])
 
     def input_distances(self, candidates: Tensor, inputs: Space, w: Tensor) -> Tensor:
@@ -89,31 +145,30 @@ class LinearRows:
 
 
 def search_linear(rows: LinearRows, inputs: Space, weights: Space, rounds: int) -> tuple[Tensor, Tensor]:
-    """Alternate between the grids of the weight and of the input, until neither moves or `rounds` are over.
+    """Alternate between the grids of the weight and of the input.
 
     Returns: the parameters of the input's grid and of the weight's.
     """
-    p, g = inputs.incumbent, weights.incumbent
-    for _ in range(rounds):
-        before = p, g
-        g = _search_weights(rows, weights, g, inputs, p)
-        p = _search_inputs(rows, inputs, p, weights.quantize_one(rows.w, g))
-        if torch.equal(p, before[0]) and torch.equal(g, before[1]):
-            break
+
+    def given_input(p: Tensor) -> Distances[LinearRows]:
+        return lambda part, grids: part.weight_distances(grids, weights, inputs, p)
+
+    def given_weight(g: Tensor) -> Distances[LinearRows]:
+        w = weights.quantize_one(rows.w, g)
+        return lambda part, grids: part.input_distances(grids, inputs, w)
+
+    first, second = Turn(given_input, weights, CHANNELS), Turn(given_weight, inputs, TENSOR)
+    g, p = alternate(rows, first, second, rounds)
     return p, g
-
-
-def _search_weights(rows: LinearRows, weights: Space, g: Tensor, inputs: Space, p: Tensor) -> Tensor:
-    return search(lambda part, grids: part.weight_distances(grids, weights, inputs, p), rows, weights, g)
-
-
-def _search_inputs(rows: LinearRows, inputs: Space, p: Tensor, w: Tensor) -> Tensor:
-    return search(lambda part, grids: part.input_distances(grids, inputs, w), rows, inputs, p)
 
 
 @dataclass(frozen=True)
 class AttentionRows:
-    """query, key, value: (B, H, N, width). probabilities: (B, H, N, N). fisher: of their output, as value."""
+    """Of B images (or windows), H heads, Q queries that were chosen and all N keys.
+
+    query: (B, H, Q, width). key, value: (B, H, N, width). probabilities: (B, H, Q, N). fisher: of their output
+    (B, H, Q, width).
+    """
 
     query: Tensor
     key: Tensor
@@ -130,9 +185,8 @@ class AttentionRows:
         """What is added to the scores: the mask or the position bias, less a number for each query."""
         return self.probabilities.log() - self._scores(self.query, self.key)
 
-    @cached_property
-    def few(self) -> AttentionRows:
-        n = max(4, len(self.query) // 8)
+    def part(self, share: int) -> AttentionRows:
+        n = max(2, len(self.query) // share)
         tensors = (self.query, self.key, self.value, self.probabilities, self.fisher)
         return AttentionRows(*(tensor[:n] for tensor in tensors))
 
@@ -183,38 +237,27 @@ class AttentionRows:
 
 
 def search_attention(rows: AttentionRows, spaces: Mapping[str, Space], rounds: int) -> dict[str, Tensor]:
-    """Q and K by turns, until neither moves or `rounds` are over; then P with float V, then V given P.
+    """Q and K by turns; then P with float V, then V given P.
 
     spaces, and the parameters that are returned: by role.
     """
-    q, k = spaces["query"].incumbent, spaces["key"].incumbent
-    for _ in range(rounds):
-        before = q, k
-        q = _search_query(rows, spaces, q, k)
-        k = _search_key(rows, spaces, q, k)
-        if torch.equal(q, before[0]) and torch.equal(k, before[1]):
-            break
-    probabilities, value = spaces["probabilities"], spaces["value"]
-    p = search(
-        lambda part, grids: part.probability_distances(grids, probabilities),
-        rows,
-        probabilities,
-        probabilities.incumbent,
-    )
-    v = search(
-        lambda part, grids: part.value_distances(grids, value, probabilities, p),
-        rows,
-        value,
-        value.incumbent,
-    )
-    return {"query": q, "key": k, "probabilities": p, "value": v}
+    queries, keys, values = spaces["query"], spaces["key"], spaces["value"]
 
+    def given_key(k: Tensor) -> Distances[AttentionRows]:
+        return lambda part, grids: part.query_distances(grids, queries, keys, k)
 
-def _search_query(rows: AttentionRows, spaces: Mapping[str, Space], q: Tensor, k: Tensor) -> Tensor:
-    queries, keys = spaces["query"], spaces["key"]
-    return search(lambda part, grids: part.query_distances(grids, queries, keys, k), rows, queries, q)
+    def given_query(q: Tensor) -> Distances[AttentionRows]:
+        return lambda part, grids: part.key_distances(grids, keys, queries, q)
 
+    first, second = Turn(given_key, queries, TENSOR), Turn(given_query, keys, TENSOR)
+    q, k = alternate(rows, first, second, rounds)
 
-def _search_key(rows: AttentionRows, spaces: Mapping[str, Space], q: Tensor, k: Tensor) -> Tensor:
-    queries, keys = spaces["query"], spaces["key"]
-    return search(lambda part, grids: part.key_distances(grids, keys, queries, q), rows, keys, k)
+    def of_probabilities(part: AttentionRows, grids: Tensor) -> Tensor:
+        return part.probability_distances(grids, spaces["probabilities"])
+
+    p = searched(of_probabilities, rows, spaces["probabilities"])
+
+    def of_value(part: AttentionRows, grids: Tensor) -> Tensor:
+        return part.value_distances(grids, values, spaces["probabilities"], p)
+
+    return {"query": q, "key": k, "probabilities": p, "value": searched(of_value, rows, values)}

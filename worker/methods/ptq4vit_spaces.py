@@ -112,10 +112,13 @@ def weight_space(w: Tensor, step: RtnStep, count: int) -> Space:
     scale = store_scale(shares(count, w.device) * covering.scale)
     plain = rtn(w, step)
 
+    top, half = 2**step.bits - 1, 2 ** (step.bits - 1)
+
     def quantize(w: Tensor, parameters: Tensor) -> Tensor:
         scale, zero = (part.unsqueeze(-1) for part in parameters.chunk(2, dim=-1))
-        codes = (w.view(len(w), scale.shape[-2], -1) / scale).round_().add_(zero).clamp_(0, 2**step.bits - 1)
-        return codes.sub_(zero).mul_(scale).flatten(2)
+        codes = (w.view(len(w), scale.shape[-2], -1) / scale).round_()  # less the zero-point
+        codes = codes.clamp_(-half, half - 1) if step.symmetric else codes.clamp_(-zero, top - zero)
+        return codes.mul_(scale).flatten(2)
 
     candidates = torch.cat([scale, covering.zero_point.expand_as(scale)], -1)
     return Space(candidates, torch.cat([plain.scale.float(), plain.zero_point.float()], -1), quantize)

@@ -27,10 +27,10 @@ def calibrate(model: VisionModel, images: Images, step: UniformStep) -> Calibrat
     """A grid for each tensor (static) or each token (dynamic) of every operand but the images."""
     operands = [operand for operand in model.operands if operand.kind != "image"]
     bits = {o.name: bits_of(o, step.bits, step.softmax_bits) for o in operands}
+    images.begin("ranges")
+    ranges = ranges_of(model, operands, images.pixels, tell=images.tell)  # of tokens: for its refusals alone
     if step.granularity == "token":
         return Calibrated({name: TokenQuantizer(bits[name]) for name in bits})
-    images.begin("ranges")
-    ranges = ranges_of(model, operands, images.pixels, tell=images.tell)
     if step.range != "min_max":
         images.begin("histograms")
         counts = histograms(model, ranges, images.pixels, images.tell)

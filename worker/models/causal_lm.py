@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from quantry.families import Family, block_bias_layer, block_halves, family_of
+from quantry.families import Family, block_bias_layer, block_halves, family_of, units_of
 from quantry.planning import is_halved
 from worker.errors import ModelError, NonFiniteError
 from worker.models.attention import use_tiles
@@ -93,6 +93,10 @@ class CausalLM:
     @property
     def halves(self) -> tuple[str, str, str] | None:
         return block_halves(self.family, self.config.to_dict())
+
+    def units(self, index: int) -> dict[str, tuple[str, str]]:
+        """The attention module of a block and, where it is a module, the feed-forward network."""
+        return units_of(self.family)
 
     def output_layer(self, index: int) -> str | None:
         return block_bias_layer(self.family, self.config.to_dict())

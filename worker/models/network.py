@@ -50,6 +50,9 @@ class Network(Protocol):
     def attention(self, index: int) -> str | None:
         """The attention module inside a block; None where it has none."""
 
+    def units(self, index: int) -> dict[str, tuple[str, str]]:
+        """`attention` and `mlp` where the block has them as modules: the module, and its last layer."""
+
     def output_layer(self, index: int) -> str | None:
         """The layer into which a bias on the block's output merges."""
 

@@ -23,7 +23,7 @@ from quantry.layers.operands import use_quantized_attention
 from quantry.vision import VisionFamily, vision_family_of
 from quantry.vision_layers import UNREAD
 from worker.errors import ModelError, NonFiniteError
-from worker.models.calls import BlockCall
+from worker.models.calls import BlockCall, run_block
 from worker.models.network import join
 from worker.models.source import refusing
 
@@ -177,6 +177,10 @@ class VisionModel:
         """Block `index`, its own copy, with the quantizers attached to the network so far."""
         return copy.deepcopy(self._blocks[index].module)
 
+    def run(self, index: int, states: Tensor) -> Tensor:
+        """Block `index` of the network itself, with whatever is attached to it."""
+        return run_block(self._blocks[index].module, states, self._blocks[index].call)
+
     def embed(self, pixels: Tensor) -> tuple[Tensor, list[BlockCall]]:
         """What enters the first block: the pixels themselves."""
         return pixels.to(self.device, self.dtype), [block.call for block in self._blocks]
@@ -190,6 +194,17 @@ class VisionModel:
 
     def attention(self, index: int) -> str | None:
         return self.family.attention if self.groups(index) == self.family.groups else None
+
+    def units(self, index: int) -> dict[str, tuple[str, str]]:
+        """The attention module and the feed-forward network of a block, and the last layer of each."""
+        if self.attention(index) is None:
+            return {}
+        family = self.family
+        mlp = family.after_activation.rpartition(".")[0]
+        return {
+            "attention": (family.attention, family.groups[1][0]),
+            "mlp": (mlp, family.after_activation),
+        }
 
     def output_layer(self, index: int) -> str | None:
         """The block's last layer, if what it returns is added to the residual stream as it is."""

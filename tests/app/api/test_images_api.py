@@ -22,8 +22,8 @@ from app.images import inspect_files, inspect_npz
 from app.shared.settings import Settings
 from quantry.contract import DatasetRead
 
-PNG = b"\x89PNG\r\n\x1a\n" + bytes(20)
-JPEG = b"\xff\xd8\xff" + bytes(20)
+PNG = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + struct.pack(">II", 4, 4) + bytes(9)
+JPEG = b"\xff\xd8\xff\xe0\0\x04ab\xff\xc0\0\x11\x08" + struct.pack(">HH", 4, 4) + bytes(10)
 IMAGES = np.zeros((6, 4, 4), np.uint8)
 CLASSES = np.array([0, 2, 2, 5, 0, 0])
 
@@ -170,6 +170,16 @@ def test_files_become_one_dataset(client: TestClient, settings: Settings, file: 
     assert (again.status_code, again.json()) == (200, response.json())
     assert client.delete(f"/v1/datasets/{dataset.id}").status_code == 204
     assert blobs(settings) == []
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_a_decompression_bomb_is_refused(suffix: str, client: TestClient, settings: Settings) -> None:
+    content = {
+        "png": PNG.replace(struct.pack(">II", 4, 4), struct.pack(">II", 60_000, 60_000)),
+        "jpg": JPEG.replace(struct.pack(">HH", 4, 4), struct.pack(">HH", 60_000, 60_000)),
+    }[suffix]
+    answer = send(client, [(f"a.{suffix}", content), ("labels.csv", b"a." + suffix.encode() + b",1")])
+    assert f"a.{suffix} is 60000 x 60000 pixels; the limit is" in refused(answer, settings)
 
 
 @pytest.mark.parametrize(

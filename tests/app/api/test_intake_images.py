@@ -9,6 +9,7 @@ from typing import Any
 import factories
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from starlette.testclient import TestClient
 
 from app.shared.settings import Settings
@@ -115,6 +116,25 @@ def test_labels_beyond_the_head(client: TestClient, root: Path, largest: int) ->
             detail = refused(client, body, "evaluation.dataset.id")
             assert f"has the label {largest}, and the model's head knows classes 0 to 4" in detail
         assert estimate(client, request(dataset, None))["layers"]  # calibration needs no labels
+
+
+def test_channels_that_the_network_does_not_take(client: TestClient, root: Path) -> None:
+    factories.edit_json(root / "vit" / "config.json", num_channels=1)
+    path = root / "vit" / "model.safetensors"
+    tensors = load_file(path)
+    kernel = next(name for name in tensors if name.endswith("projection.weight"))
+    save_file(
+        {**tensors, kernel: np.ascontiguousarray(tensors[kernel][:, :1])}, path, metadata={"format": "pt"}
+    )
+    colours = uploaded(client, images=np.zeros((40, 4, 4, 3), np.uint8), labels=LABELS)
+    grey = uploaded(client, images=np.zeros((40, 4, 4), np.uint8), labels=LABELS)
+    assert "has 3 channels, the model takes 1" in refused(
+        client, request(colours, grey), "calibration.dataset.id"
+    )
+    assert "has 3 channels, the model takes 1" in refused(
+        client, request(grey, colours), "evaluation.dataset.id"
+    )
+    assert estimate(client, request(grey, grey))["layers"]
 
 
 def test_evaluation_needs_labels(client: TestClient, root: Path) -> None:

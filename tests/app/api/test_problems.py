@@ -56,6 +56,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"recipe": [{"method": "rtn", "bits": 4}, {"method": "gptq", "bits": 4}], "bits": ...}, "recipe.1",
      "second weight step"),
     ({"recipe": [{"method": "gptq", "bits": 9, "damping": 2}], "bits": ...}, "recipe.0.bits", "2, 3, 4"),
+    ({"recipe": [{"method": "rtn", "bits": 4}, {"method": "igq", "bits": 4, "overhead_max": 0.02}], "bits": ...},
+     "recipe.1.overhead_max", "set it to `ilp`"),
     ({"recipe": [{"method": "x"}], "bits": ...}, "recipe.0", "'rtn', 'gptq'"),
     ({"recipe": [{"bits": 4}], "bits": ...}, "recipe.0", "discriminator 'method'"),
     ({"recipe": [], "bits": ...}, "recipe", "at least 1 item"),

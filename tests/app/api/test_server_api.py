@@ -95,7 +95,8 @@ def test_methods_say_which_models_they_work_on(client: TestClient) -> None:
     for name in ("uniform", "ptq4vit", "repq", "adalog", "igq"):
         others = set(PIPELINES) if name == "uniform" else set()
         assert set(found[name].families) == set(VISION_FAMILIES) | others
-        assert (found[name].role, found[name].formats) == ("activations", ("quantry",))
+        formats = ("quantry", "onnx") if name == "uniform" else ("quantry",)
+        assert (found[name].role, found[name].formats) == ("activations", formats)
     assert (found["gptq"].role, found["softmax_bias"].role) == ("weights", "correction")
     training = found["fixed_point_training"]
     assert (training.role, set(training.families)) == ("training", set(TRAINED_FAMILIES))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedLayer
 from worker.errors import ExportError
-from worker.export.onnx_qdq import export_onnx, signed
+from worker.export.onnx_qdq import export_onnx, stored
 
 # torch.export uses a part of torch that it calls deprecated itself
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance\\(treespec, LeafSpec\\)`:FutureWarning")
@@ -106,9 +106,9 @@ def test_turned_scales_stand_for_the_same_weights(
         torch.randn(6, 8), bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=torch.float16
     )
     assert bool((weight.scale < 0).any()) == symmetric
-    codes, scale, zero = signed(weight)
+    codes, scale, zero = stored(weight)
     assert bool((scale > 0).all())
-    assert codes.dtype == zero.dtype == (torch.int8 if symmetric else torch.uint8)
+    assert codes.dtype == zero.dtype == (torch.int8 if symmetric and bits < 8 else torch.uint8)
     size = 8 // scale.shape[1]
     spread = [part.repeat_interleave(size, dim=1) for part in (scale, zero.float())]
     assert torch.equal((codes.float() - spread[1]) * spread[0], weight.dequantize())

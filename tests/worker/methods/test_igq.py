@@ -15,7 +15,7 @@ from quantry.layers.operands import attached
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep, RtnStep
-from worker.errors import CalibrationError, NonFiniteError
+from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import Images, quantized
 from worker.methods.bops import AXES, count, model_products
 from worker.methods.igq import (
@@ -213,6 +213,35 @@ def test_allocated_groups_are_never_worse_than_uniform_ones(tmp_path: Path) -> N
     assert told[1 : 1 + trials] == [(i + 1, trials) for i in range(trials)]
     forwards = 6 * (1 + trials)  # of six images, in one batch
     assert told[1 + trials : 2 + 2 * trials] == [(6 * (i + 1), forwards) for i in range(1 + trials)]
+
+
+def test_a_stated_budget_holds_and_more_of_it_perturbs_less(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    images = pictures(model)
+    names = [operand.name for operand in model.operands if operand.kind in AXES]
+    products = model_products(model)
+    spent, perturbed = [], []
+    for share in (0.8, 1.2, 50):
+        step = IgqStep(bits=4, groups=4, allocation="ilp", overhead_max=share)
+        found = calibrate(model, images, step).quantizers
+        operations = count(products, found, weight_bits=4, bits=4)
+        assert operations.share <= share * (1 + 1e-6)
+        spent.append(operations.share)
+        trials = {name: {1: found[name]} for name in names}
+        perturbed.append(float(perturbations(model, images, trials).sum()))
+    assert spent == sorted(spent)
+    assert perturbed == sorted(perturbed, reverse=True)
+
+
+def test_a_budget_that_no_assignment_meets_is_refused_before_anything_is_fitted(tmp_path: Path) -> None:
+    model = load(tmp_path)
+    begun: list[str] = []
+    plain = pictures(model)
+    images = Images(plain.pixels, 0, plain.weights, begin=begun.append)
+    step = IgqStep(bits=4, groups=8, allocation="ilp", overhead_max=0.001)
+    with pytest.raises(RecipeError, match=r"igq\.overhead_max: 0\.10% .* 2 groups of every operand"):
+        calibrate(model, images, step)
+    assert not begun
 
 
 def test_every_batch_of_a_pass_is_told(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import factories
@@ -15,11 +16,20 @@ from torch import Tensor
 from quantry.layers.operands import attached
 from quantry.quantizers.twin import TwinGelu, TwinSoftmax
 from quantry.recipe import GptqStep, Ptq4vitStep, RtnStep
+from worker.calibration.fisher import BackwardWalk
 from worker.errors import CalibrationError, RecipeError
 from worker.methods import ptq4vit
 from worker.methods.activations import Images, quantized
 from worker.methods.ptq4vit import blocks_of, by_image, calibrate
-from worker.methods.ptq4vit_search import AttentionRows, LinearRows, search_attention, search_linear
+from worker.methods.ptq4vit_search import (
+    CHANNELS,
+    AttentionRows,
+    LinearRows,
+    nearest,
+    screened,
+    search_attention,
+    search_linear,
+)
 from worker.methods.ptq4vit_spaces import (
     Space,
     softmax_space,
@@ -40,7 +50,7 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 def linear_rows() -> LinearRows:
     """Few enough that the screening sees all of them."""
-    return LinearRows(noise(48, 10).exp() - 1, noise(48, 6, seed=1).square(), noise(6, 10, seed=2))
+    return LinearRows(noise(16, 10).exp() - 1, noise(16, 6, seed=1).square(), noise(6, 10, seed=2))
 
 
 def input_space(rows: LinearRows, count: int = 20) -> Space:
@@ -53,21 +63,28 @@ def loss(rows: LinearRows, inputs: Space, p: Tensor, weights: Space, g: Tensor) 
     return (rows.fisher * (out - rows.x @ rows.w.T) ** 2).mean(0)
 
 
-def test_one_round_chooses_as_brute_force_does() -> None:
+def test_a_search_chooses_as_brute_force_does() -> None:
     rows = linear_rows()
     inputs, weights = input_space(rows), weight_space(rows.w, RtnStep(bits=3), 20)
-    p, g = search_linear(rows, inputs, weights, 1)
+    given = partial(LinearRows.weight_distances, weights=weights, inputs=inputs, p=inputs.incumbent)
+    g = nearest(given, rows, screened(given, rows, weights, CHANNELS), weights.incumbent)
     grids = [*weights.candidates, weights.incumbent]
     by_channel = torch.stack([loss(rows, inputs, inputs.incumbent, weights, grid) for grid in grids])
     best = torch.stack([grids[i][row] for row, i in enumerate(by_channel.argmin(0).tolist())])
     torch.testing.assert_close(g, best)
-    operands = [*inputs.candidates, inputs.incumbent]
-    of_input = torch.stack([loss(rows, inputs, grid, weights, g).mean() for grid in operands])
-    torch.testing.assert_close(p, operands[int(of_input.argmin())])
+
+
+def test_neither_grid_can_be_bettered_alone_where_the_turns_end() -> None:
+    rows = linear_rows()
+    inputs, weights = input_space(rows), weight_space(rows.w, RtnStep(bits=3), 20)
+    p, g = search_linear(rows, inputs, weights, 10)
+    end = loss(rows, inputs, p, weights, g).mean()
+    others = [loss(rows, inputs, other, weights, g).mean() for other in inputs.candidates]
+    assert end <= min(others) * (1 + 1e-5)
 
 
 def test_without_gradients_the_distance_is_the_squared_error() -> None:
-    rows = replace(linear_rows(), fisher=torch.ones(48, 6))
+    rows = replace(linear_rows(), fisher=torch.ones(16, 6))
     inputs = input_space(rows)
     distances = rows.input_distances(inputs.candidates, inputs, rows.w)
     for distance, p in zip(distances, inputs.candidates, strict=True):
@@ -240,15 +257,40 @@ def test_every_image_weighs_the_same() -> None:
 def test_rows_beyond_the_limit_are_the_lightest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load(tmp_path)
     given, step = images(model, 40), Ptq4vitStep(bits=4)
-    labels = ptq4vit.sampled_labels(model.logits(given.pixels), 2, 0)
-    operands = blocks_of(model)[1]
-    whole = ptq4vit.kept_rows(model, operands, given, labels, step)
+    operands = blocks_of(model)[-2]
+
+    def kept() -> dict[str, tuple[Tensor, ...]]:
+        walk = BackwardWalk(model, given.pixels, draws=2, seed=0)
+        ptq4vit.kept_rows(model, blocks_of(model)[-1], walk, given, step)
+        return ptq4vit.kept_rows(model, operands, walk, given, step)
+
+    whole = kept()
     monkeypatch.setattr(ptq4vit, "TOKENS", 50)
-    few = ptq4vit.kept_rows(model, operands, given, labels, step)
+    monkeypatch.setattr(ptq4vit, "QUERIES", 80)
+    few = kept()
     for operand in operands:
         if operand.name in whole:
             assert len(few[operand.name][0]) == 50
             torch.testing.assert_close(few[operand.name][0], whole[operand.name][0][:50])
+        if operand.kind == "query":
+            some = AttentionRows(*few[operand.layers[0]])
+            assert some.query.shape[2] == some.probabilities.shape[2] == 2  # of each of 40 images
+            assert some.key.shape[2] == some.probabilities.shape[3] > 2
+
+
+def test_the_queries_that_are_kept_weigh_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ptq4vit, "QUERIES", 6)
+    rows = attention_rows()
+    fisher = noise(3, 7, 8).square()  # (windows, tokens, heads * width)
+    kept = ptq4vit._queries(
+        rows.query, rows.key, rows.value, rows.probabilities, fisher, 3, lambda f: f.flatten(1).sum(1)
+    )
+    for window, heaviest in enumerate(fisher.sum(-1).topk(2).indices):
+        torch.testing.assert_close(kept[0][window], rows.query[window][:, heaviest])
+        torch.testing.assert_close(kept[3][window], rows.probabilities[window][:, heaviest])
+        of_output = fisher[window, heaviest].view(2, 2, 4).transpose(0, 1)
+        torch.testing.assert_close(kept[4][window], of_output)
+    assert kept[1] is rows.key
 
 
 def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:

@@ -56,9 +56,9 @@ class _Finder(MetaPathFinder):
 
 def register_with_transformers() -> None:
     """Idempotent; imports nothing unless transformers can already load models."""
-    for registry, hook in _HOOKS.items():
-        if registry in sys.modules:
-            importlib.import_module(hook)
+    present = [hook for registry, hook in _HOOKS.items() if registry in sys.modules]
     waiting = {registry: hook for registry, hook in _HOOKS.items() if registry not in sys.modules}
     if waiting and not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder(waiting))
+    for hook in present:  # may itself import what is waited for
+        importlib.import_module(hook)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import random
 from pathlib import Path
@@ -180,3 +181,12 @@ def write_text(file: Path, words: int = 3000, seed: int = 0) -> Path:
 
 def edit_json(file: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def next_token(model: Any, token: torch.Tensor, cache: Any) -> tuple[torch.Tensor, Any]:
+    """One step of decoding: logits (1, 1, vocabulary) for `token` (1, 1), and the cache after it."""
+    renamed = "cache" in inspect.signature(type(model).forward).parameters  # transformers 5.24
+    name = "cache" if renamed else "past_key_values"
+    with torch.no_grad():
+        out = model(input_ids=token, use_cache=True, **{name: cache})
+    return out.logits, getattr(out, name)

@@ -60,7 +60,7 @@ class Positions:
 
 
 def _seen(kwargs: dict[str, Any]) -> int:
-    cache = kwargs.get("past_key_values")
+    cache = kwargs.get("cache", kwargs.get("past_key_values"))  # transformers renamed it in 5.24
     return int(cache.get_seq_length()) if cache is not None else 0
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import factories
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -82,9 +83,8 @@ def test_a_bias_per_position_follows_the_cache_and_the_padding(
         whole = loaded(input_ids=text, use_cache=False).logits
         cache, steps = None, []
         for position in range(text.shape[1]):
-            out = loaded(input_ids=text[:, position : position + 1], past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits)
+            logits, cache = factories.next_token(loaded, text[:, position : position + 1], cache)
+            steps.append(logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
         padded = torch.cat([torch.zeros(1, 3, dtype=torch.int64), text], dim=1)
         mask = torch.tensor([[0] * 3 + [1] * text.shape[1]])

@@ -160,7 +160,7 @@ def test_the_options_offer_what_the_contract_takes() -> None:
 def test_each_method_makes_a_recipe(method: Method, session: Session) -> None:
     request = build_request(session, options(fields={"bits": 6, "method": method}))
     spec = request.resolve()
-    assert spec.weight_step.bits == 6
+    assert spec.recipe[0].bits == 6
     assert method.value in [step.method for step in spec.recipe]
 
 

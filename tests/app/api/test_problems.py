@@ -43,7 +43,7 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"bits": 1}, "bits", "2, 3, 4, 5, 6 or 8"),
     ({"bits": "4"}, "bits", "2, 3, 4, 5, 6 or 8"),
     ({"bits": None}, "", "give `bits`"),
-    ({"method": "awq"}, "method", "'smoothquant' or 'softmax_bias'"),
+    ({"method": "awq"}, "method", "'rtn', 'gptq', 'adaround'"),
     ({"unknown": 1}, "unknown", "Extra inputs"),
     ({"group_size": 7}, "group_size", "greater than or equal to 8"),
     ({"group_size": 48}, "recipe.0.group_size",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import factories
 import pytest
 import torch
 from torch import Tensor
@@ -87,9 +88,8 @@ def test_keys_that_are_masked_stay_at_zero(tiny: Build, ids: Tensor, tmp_path: P
         torch.testing.assert_close(loaded(other, use_cache=False).logits[:, :5], whole[:, :5])
         cache, steps = None, []
         for token in text.T:
-            out = loaded(input_ids=token.unsqueeze(0), past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
-            steps.append(out.logits)
+            logits, cache = factories.next_token(loaded, token.unsqueeze(0), cache)
+            steps.append(logits)
         torch.testing.assert_close(torch.cat(steps, dim=1), whole, atol=1e-5, rtol=1e-5)
 
 

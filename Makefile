@@ -34,7 +34,7 @@ $(STAMP): pyproject.toml constraints.txt
 install: $(STAMP) ## make .venv and install Quantry with all its parts into it
 
 demo: export HF_HUB_OFFLINE = 1
-demo: $(STAMP) ## quantize the bundled model through a real server, in under a minute
+demo: $(STAMP) ## quantize the bundled model through a real server, in a minute or two
 	$(BIN)/python scripts/demo.py
 
 demo-vision: export HF_HUB_OFFLINE = 1

@@ -1,4 +1,4 @@
-"""What every kind of job does at its end: a whole artifact or none, its cost, where it ran, the quality gate."""
+"""What every kind of job does at its end: a whole artifact or none, its papers, its cost, where it ran, the gate."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ import transformers
 
 import quantry
 from quantry.contract import JobSpec
-from quantry.reports import CostReport, QualityRow
+from quantry.reports import CostReport, Manifest, QualityRow, Report
+from worker.export.manifest import write_manifest
+from worker.export.model_card import write_model_card
+from worker.report import write_report
 
 
 @contextmanager
@@ -27,6 +30,27 @@ def whole_or_gone(folder: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
+
+
+def write_papers(target: Path, report: Report, *, source: Path, written: Manifest | None = None) -> Manifest:
+    """Put the report, the model card and the manifest beside the artifact in `target`.
+
+    source: the full-precision checkpoint. written: the manifest of what export wrote, whose digests hold still.
+    """
+    assert report.spec is not None
+    write_report(target, report)
+    write_model_card(
+        target,
+        format=report.format,
+        base_model=report.spec.model.id,
+        recipe=report.spec.recipe,
+        source=source,
+        quality=report.quality,
+        size=report.size,
+        warnings=report.warnings,
+    )
+    known = written.files if written else ()
+    return write_manifest(target, format=report.format, job=report.job, known=known)
 
 
 def clock() -> tuple[float, float]:

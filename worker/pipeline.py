@@ -23,7 +23,7 @@ from quantry.vision_costs import estimate_vision
 from quantry.vision_planning import VisionPlan
 from worker.activations import Activations, calibrate_activations
 from worker.calibration.store import BlockStore
-from worker.export import export, write_manifest, write_model_card
+from worker.export import export
 from worker.export.onnx_folder import write_onnx
 from worker.export.quantry_format import Operands
 from worker.export.verify import verify
@@ -32,10 +32,9 @@ from worker.methods.bops import count, model_products
 from worker.models.causal_lm import CausalLM
 from worker.models.source import check_folder, resolve
 from worker.models.vision import VisionModel
-from worker.outcome import clock, cost, environment, gate, whole_or_gone
+from worker.outcome import clock, cost, environment, gate, whole_or_gone, write_papers
 from worker.prepare import Prepared, prepare
 from worker.progress import Progress
-from worker.report import write_report
 from worker.sweep import BlockSweep, SweepResult
 from worker.workspace import Workspace
 
@@ -97,27 +96,13 @@ def _package(
     began: tuple[float, float],
 ) -> tuple[Report, Manifest]:
     """Write the checkpoint, prove that it loads, and put the report beside it."""
-    spec = job.spec
     progress.stage(State.PACKAGING, "writing the checkpoint", 0, 3)
     written = _export(job, sweep, workspace.artifact)
     progress.advance(1, 3, "reloading the checkpoint in a clean process")
     verification = _verify(job, sweep, workspace)
     progress.advance(2, 3, "writing the report")
     report = _report(job, sweep, result, found, workspace, verification, began)
-    write_report(workspace.artifact, report)
-    write_model_card(
-        workspace.artifact,
-        format=job.plan.format,
-        base_model=spec.model.id,
-        recipe=spec.recipe,
-        source=job.folder,
-        quality=report.quality,
-        size=report.size,
-        warnings=report.warnings,
-    )
-    manifest = write_manifest(
-        workspace.artifact, format=job.plan.format, job=workspace.job, known=written.files
-    )
+    manifest = write_papers(workspace.artifact, report, source=job.folder, written=written)
     progress.advance(3, 3, "done")
     return report, manifest
 

@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-import platform
-import resource
 import shutil
-import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 import diffusers
 import torch
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-import quantry
 from quantry.contract import JobSpec
 from quantry.diffusion_costs import estimate_diffusion
 from quantry.jobs import State, Succeeded
 from quantry.pipelines import TENSORS
 from quantry.quantizers.steps import StepBias
-from quantry.reports import CostReport, Manifest, Report, SizeReport
+from quantry.reports import Manifest, Report, SizeReport
 from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
 from worker.diffusion.quantize import QuantizedDenoiser, quantize, round_to_nearest
@@ -33,13 +27,11 @@ from worker.diffusion.svdquant import LowRank
 from worker.diffusion.trajectory import trajectory
 from worker.diffusion.weights import UNetWeight
 from worker.export.files import whole_or_nothing
-from worker.export.manifest import write_manifest
-from worker.export.model_card import write_model_card
 from worker.export.pipeline import Artifact, padded_corrections, write_pipeline
 from worker.export.verify import verify
 from worker.metrics.images import to_bytes
+from worker.outcome import clock, cost, environment, whole_or_gone, write_papers
 from worker.progress import Progress
-from worker.report import write_report
 from worker.report.grids import write_grid
 from worker.workspace import Workspace
 
@@ -50,24 +42,20 @@ TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quant
 
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded:
     """Run one job. Raises QuantizationError and its kinds; nothing is left in the artifact then."""
-    began = time.perf_counter(), time.process_time()
+    began = clock()
     job = prepare(spec, workspace, progress)
     latents = calibration_latents(job)
-    began_quantizing = time.perf_counter(), time.process_time()
+    before = clock()
     made = quantize(job, latents)
-    spent = time.perf_counter() - began_quantizing[0], time.process_time() - began_quantizing[1]
+    spent = (clock()[0] - before[0], clock()[1] - before[1])
     found = None
     if job.spec.evaluation is not None:
         baseline = "rtn" in job.spec.evaluation.baselines
         found = evaluate(job, made, round_to_nearest(job, latents) if baseline else None)
     shutil.rmtree(workspace.artifact, ignore_errors=True)
     workspace.artifact.mkdir(parents=True)
-    try:
-        with whole_or_nothing(workspace.artifact):
-            report, manifest = _package(job, made, found, workspace, began, spent)
-    except BaseException:
-        shutil.rmtree(workspace.artifact, ignore_errors=True)
-        raise
+    with whole_or_gone(workspace.artifact), whole_or_nothing(workspace.artifact):
+        report, manifest = _package(job, made, found, workspace, began, spent)
     return Succeeded(report=report, manifest=manifest)
 
 
@@ -87,18 +75,7 @@ def _package(
     verification = _verify(job, made, workspace)
     job.progress.advance(2, 3, "writing the report")
     report = _report(job, made, found, workspace, verification, began, spent)
-    write_report(target, report)
-    write_model_card(
-        target,
-        format=job.plan.format,
-        base_model=job.spec.model.id,
-        recipe=job.spec.recipe,
-        source=job.folder,
-        quality=report.quality,
-        size=report.size,
-        warnings=report.warnings,
-    )
-    manifest = write_manifest(target, format=job.plan.format, job=workspace.job)
+    manifest = write_papers(target, report, source=job.folder)
     job.progress.advance(3, 3, "done")
     return report, manifest
 
@@ -188,9 +165,9 @@ def _report(
         blocks=(),
         operands=tuple(made.operands),
         trajectory=trajectory_report(job, made, found, pictures) if found else None,
-        cost=_cost(job, began, spent),
+        cost=cost(began, job.device, spent),
         estimate=guess.model_dump(mode="json", include=names),
-        environment=_environment(job),
+        environment={"diffusers": diffusers.__version__, **environment(job.device, torch.float32)},
         fingerprint=job.fingerprint,
         format=job.plan.format,
         warnings=tuple(job.warnings),
@@ -222,28 +199,3 @@ def _size(job: DiffusionJob, made: QuantizedDenoiser, artifact: Path) -> SizeRep
         quantized_weights=weights,
         added_bias_bytes=added,
     )
-
-
-def _cost(job: DiffusionJob, began: tuple[float, float], spent: tuple[float, float]) -> CostReport:
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return CostReport(
-        wall_s=time.perf_counter() - began[0],
-        cpu_s=time.process_time() - began[1],
-        peak_rss_bytes=peak * (1 if sys.platform == "darwin" else 1024),
-        peak_device_bytes=torch.cuda.max_memory_allocated() if job.device.type == "cuda" else None,
-        quantize_wall_s=spent[0],
-        quantize_cpu_s=spent[1],
-    )
-
-
-def _environment(job: DiffusionJob) -> dict[str, str]:
-    return {
-        "quantry": quantry.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "diffusers": diffusers.__version__,
-        "transformers": transformers.__version__,
-        "device": torch.cuda.get_device_name() if job.device.type == "cuda" else platform.machine(),
-        "threads": str(torch.get_num_threads()),
-        "compute_dtype": "float32",
-    }

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from quantry.contract import JobSpec
 from quantry.jobs import Rejected, State, Succeeded
-from quantry.reports import EpochReport, Manifest, QualityRow, Report
+from quantry.reports import EpochReport, QualityRow, Report
 from quantry.training_planning import estimate_training
-from worker.export import write_manifest, write_model_card
 from worker.metrics.quality import classifier_figures
-from worker.outcome import clock, cost, environment, gate, whole_or_gone
+from worker.outcome import clock, cost, environment, gate, whole_or_gone, write_papers
 from worker.progress import Progress
-from worker.report import write_report
 from worker.training.artifact import size_report, training_report, verified, write_artifact
 from worker.training.checkpoints import Checkpoints
 from worker.training.data import batch_count
@@ -63,7 +60,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
             warnings=tuple(job.warnings),
             verification=verification,
         )
-        manifest = _finish(job, workspace, report, written)
+        manifest = write_papers(workspace.artifact, report, source=job.folder, written=written)
     progress.advance(3, 3, "done")
     missed = gate(spec, report.quality)
     if missed:
@@ -182,23 +179,6 @@ def _evaluate(
 
 def _logits(trainer: Trainer, images: Tensor) -> Tensor:
     return trainer.logits(lambda places: images[places], len(images))
-
-
-def _finish(job: PreparedTraining, workspace: Workspace, report: Report, written: Manifest) -> Manifest:
-    """The report, the model card and the manifest, beside the checkpoint."""
-    folder: Path = workspace.artifact
-    write_report(folder, report)
-    write_model_card(
-        folder,
-        format=job.plan.format,
-        base_model=job.spec.model.id,
-        recipe=job.spec.recipe,
-        source=job.folder,
-        quality=report.quality,
-        size=report.size,
-        warnings=report.warnings,
-    )
-    return write_manifest(folder, format=job.plan.format, job=workspace.job, known=written.files)
 
 
 def _estimate(job: PreparedTraining) -> dict[str, object]:

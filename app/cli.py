@@ -19,12 +19,30 @@ from pydantic import ValidationError
 from app.shared import lifeline
 from app.shared.errors import ServiceError, StartError
 from app.shared.settings import Settings, get_settings
+from quantry import __version__
 
 cli = typer.Typer(
     name="quantry-server", no_args_is_help=True, add_completion=False, help="The Quantry server."
 )
 keys = typer.Typer(no_args_is_help=True, help="Make, list and revoke API keys.")
 cli.add_typer(keys, name="keys")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantry-server {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def describe(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """The Quantry server."""
+
 
 Host = Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")]
 Port = Annotated[int | None, typer.Option(help="0 takes any free port; default 8000.", min=0, max=65535)]

@@ -15,21 +15,22 @@ and activations; on the latter, correctors of the output (ptqd, tac) and AccuQua
 (accuquant) and the exact one, a set of step sizes for each group; accuquant+ptqd and +tac correct its output besides.
 `--adaround N` learns the rounding of weights, but those of min-max, in N iterations a block: `mse` is then
 Q-Diffusion's core.
-Results are kept in .bench/diffusion and not computed again.
+Runs are kept in benchmarks/results (kept.py) and not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-import json
 import platform
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler, UNet2DModel
+from kept import Kept
 
 from worker.diffusion.accuquant import AccuQuant, calibrate
 from worker.diffusion.adaround import AdaRound, reconstruct
@@ -42,7 +43,7 @@ from worker.diffusion.unet import UNetLayer, image_shape, layer_bits, layers_of
 from worker.diffusion.weights import UNetWeight, quantize_weight, set_weights
 from worker.metrics.images import class_tokens, frechet_distance
 
-KEPT = Path(".bench/diffusion")
+KEPT = Kept("diffusion")
 LATENTS = 80  # that AdaRound learns on, at least
 OBSERVED = 16  # samples that ranges are fitted to
 GROUPED = ("accuquant", "exact", "accuquant+ptqd", "accuquant+tac")
@@ -152,23 +153,27 @@ class Bench:
         calibrate(network, boundaries(self.full, self.steps, noise, group=group), noise, settings)
 
 
-def measure(bench: Bench, widths: str, method: str, group: int, seed: int) -> dict[str, float]:
+def settings(bench: Bench, widths: str, method: str, group: int, seed: int) -> dict[str, Any]:
+    """What a run is known by."""
     o = bench.options
-    setting = f"{o.model.name} {o.steps} {o.eta} {widths} {o.adaround} {method} {group} {seed} {o.evaluation}"
+    run = {"model": o.model.name, "steps": o.steps, "eta": o.eta, "widths": widths, "method": method}
+    run |= {"adaround": o.adaround, "evaluation": o.evaluation, "seed": seed}
     if method not in ("min-max", "mse"):
-        setting += f" {o.samples}"
-    if bench.options.features is not None:
-        setting += f" {bench.options.features.name}"
+        run["samples"] = o.samples
+    if o.features is not None:
+        run["features"] = o.features.name
     if group:
-        setting += f" {o.iterations}x{o.batch} {o.learning_rate}"
-    file = KEPT / (setting.replace("/", "_").replace(" ", "-") + ".json")
-    if file.exists():
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
-    values = bench.run(widths, method, group, seed)
-    KEPT.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(values))
-    return values
+        run |= {"M": group, "iterations": f"{o.iterations}x{o.batch}", "learning_rate": o.learning_rate}
+    return run
+
+
+def measure(bench: Bench, widths: str, method: str, group: int, seed: int) -> dict[str, float]:
+    facts = settings(bench, widths, method, group, seed)
+    found = KEPT.find(facts)
+    if found is None:
+        found = bench.run(widths, method, group, seed)
+        KEPT.keep(facts, found)
+    return found
 
 
 def scheduler_of(model: Path) -> DDIMScheduler | CMStochasticIterativeScheduler:

@@ -6,8 +6,8 @@ usage: python benchmarks/fixed_point_training.py NETWORK TRAIN.npz [--train-spli
 
 NETWORK: resnet20 (32x32 colour), cnn (the same with one block a stage and half the channels, 28x28 grey), vit (4 blocks
 of 64, 28x28 grey), or a checkpoint folder. The first three start from random weights, a folder from its own. `none`
-among the intervals leaves gradients in full precision. Every run of a seed sees the same batches. Results are kept in
-.bench/training and not computed again; a run that was interrupted goes on at its last epoch.
+among the intervals leaves gradients in full precision. Every run of a seed sees the same batches. Runs are kept in
+benchmarks/results (kept.py) and not computed again; one that was interrupted goes on at its last epoch, in .bench.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kept import Kept
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from quantry.cifar_resnet import CifarResNetConfig
@@ -32,7 +33,8 @@ from worker.training.job import TrainingRun
 from worker.training.prepare import prepare_training
 from worker.workspace import Workspace
 
-KEPT = Path(".bench/training")
+KEPT = Kept("fixed_point_training")
+HOME = Path(".bench/training")
 GREY = {"num_channels": 1, "image_size": 28, "num_labels": 10}
 NETWORKS = {
     "resnet20": CifarResNetConfig(num_labels=10),
@@ -53,7 +55,7 @@ def folder_of(name: str) -> Path:
     """A checkpoint folder of the network, made at the first call."""
     if name not in NETWORKS:
         return Path(name).resolve()
-    folder, config = (KEPT / "models" / name).resolve(), NETWORKS[name]
+    folder, config = (HOME / "models" / name).resolve(), NETWORKS[name]
     if not folder.exists():
         AutoModelForImageClassification.from_config(config).save_pretrained(folder)
         mean, deviation = IMAGENET if config.num_channels == 3 else ([0.5], [0.5])
@@ -97,19 +99,30 @@ def request_of(options: argparse.Namespace, folder: Path, interval: str, seed: i
     return JobRequest.model_validate(body)
 
 
+def settings(options: argparse.Namespace, interval: str, seed: int) -> dict[str, Any]:
+    """What a run is known by."""
+    data = {"train": options.train.name, "samples": options.samples, "images": options.images}
+    names = ("bits", "epochs", "batch_size", "alpha", "gamma", "learning_rate")
+    training = {name: getattr(options, name) for name in names}
+    return {"network": Path(options.network).name, "gradients": interval, **training, **data, "seed": seed}
+
+
+def middle(values: dict[str, float]) -> float | None:
+    """The median over layers, if there are any."""
+    return statistics.median(values.values()) if values else None
+
+
 def measure(options: argparse.Namespace, interval: str, seed: int) -> dict[str, Any]:
     """Accuracy and curve of one training without its export; `fp` trains in full precision."""
-    facts = (Path(options.network).name, interval, options.bits, seed, options.epochs, options.samples)
-    facts += (options.alpha, options.learning_rate, options.batch_size)
-    file = KEPT / ("-".join(map(str, facts)) + ".json")
-    if file.exists():
-        found: dict[str, Any] = json.loads(file.read_text())
+    facts = settings(options, interval, seed)
+    found = KEPT.find(facts)
+    if found is not None:
         return found
     folder = folder_of(options.network)
     data = [path.resolve().parent for path in (options.train, options.evaluation or options.train)]
     space = Workspace(
         artifact=Path(),
-        checkpoints=(KEPT / file.stem).resolve(),
+        checkpoints=(HOME / "-".join(map(str, facts.values()))).resolve(),
         cache=Path(),
         model_roots=(folder.parent, *data),
         device=options.device,
@@ -121,23 +134,26 @@ def measure(options: argparse.Namespace, interval: str, seed: int) -> dict[str, 
     images = job.evaluation
     assert images is not None
     top1 = accuracy(trainer.logits(lambda part: images[part], len(images)), job.labels, 1)
-    found = {"top1": top1, "cpu_s": time.process_time() - began, "images": len(job.images)}
-    found["curve"] = [epoch.model_dump(mode="json") for epoch in trainer.curve]
-    file.write_text(json.dumps(found))
-    return found
+    last = trainer.curve[-1]
+    figures = {
+        "top1": top1,
+        "loss": last.loss,
+        "gamma": middle(last.gamma),
+        "large_gradient_error": middle(last.large_gradient_error),
+        "cpu_s": round(time.process_time() - began, 1),
+    }
+    KEPT.keep(facts, figures)
+    return figures
 
 
 def row(name: str, runs: list[dict[str, Any]]) -> str:
     """Mean and half the spread of accuracy; last loss, interval and error of large gradients of the first seed."""
     tops = [100 * run["top1"] for run in runs]
-    last = runs[0]["curve"][-1]
+    last = runs[0]
     spread = f" ± {(max(tops) - min(tops)) / 2:.2f}" if len(tops) > 1 else ""
-    middle = [
-        f"{statistics.median(last[key].values()):.3f}" if last[key] else "–"
-        for key in ("gamma", "large_gradient_error")
-    ]
+    medians = ["–" if last[key] is None else f"{last[key]:.3f}" for key in ("gamma", "large_gradient_error")]
     seconds = statistics.mean(run["cpu_s"] for run in runs)
-    cells = (f"{statistics.mean(tops):.2f}{spread}", f"{last['loss']:.3f}", *middle, f"{seconds:.0f}")
+    cells = (f"{statistics.mean(tops):.2f}{spread}", f"{last['loss']:.3f}", *medians, f"{seconds:.0f}")
     return f"| {name} | {' | '.join(cells)} |"
 
 
@@ -160,7 +176,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
-    KEPT.mkdir(parents=True, exist_ok=True)
     print(
         f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.device}"
     )

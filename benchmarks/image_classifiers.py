@@ -8,16 +8,14 @@ usage: python benchmarks/image_classifiers.py MODEL DATA.npz [--tables w8a8 w6a6
 `+published` the published form, a bias for each position of each layer. `--weights published` gives every method
 per-channel weights with a clip search (PTQ4ViT: its own), `gptq` gives it GPTQ on the quantized activations.
 
-Every run is kept in .bench/vision, by what it was run with and the code that it ran, and not computed again; seeds are
-taken in turn, so that a table of one seed is whole before the next begins. `--show` prints what is there already.
+Every run is kept in benchmarks/results (kept.py) and not computed again; seeds are taken in turn, so that a table of
+one seed is whole before the next begins. `--show` prints what is there already.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import io
-import json
 import platform
 import statistics
 import sys
@@ -28,6 +26,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from kept import Kept
 
 from quantry.contract import JobRequest
 from quantry.recipe import IgqStep
@@ -39,8 +38,7 @@ from worker.progress import Progress
 from worker.sweep import BlockSweep
 from worker.workspace import Workspace
 
-ROOT = Path(__file__).parents[1]
-KEPT = Path(".bench/vision")
+KEPT = Kept("image_classifiers")
 METHODS = (
     "rtn",
     "ptq4vit",
@@ -59,23 +57,6 @@ TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
     "w4a4": (4, METHODS),
     "igq": (4, ("igq1", "igq2", "igq4", "igq8", "igq12", "igq16", "igqbound")),
 }
-PARTS = ("worker/methods", "worker/calibration", "worker/models", "quantry/quantizers", "quantry/layers")
-FILES = (
-    "worker/block.py",
-    "worker/compensation.py",
-    "worker/sweep.py",
-    "worker/activations.py",
-    "quantry/recipe.py",
-)
-
-
-def code() -> str:
-    """A digest of what a result depends on."""
-    sources = sorted(path for part in PARTS for path in (ROOT / part).glob("*.py"))
-    digest = hashlib.sha256()
-    for path in (*sources, *(ROOT / file for file in FILES)):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()[:8]
 
 
 def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
@@ -97,15 +78,16 @@ def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
     return [*steps, {"method": "bias_compensation"}] if correction else steps
 
 
-def file_of(options: argparse.Namespace, method: str, bits: int, seed: int) -> Path:
-    facts = (options.model.name, method, options.weights, bits, seed, options.samples, options.images, code())
-    return KEPT / ("-".join(map(str, facts)) + ".json")
+def settings(options: argparse.Namespace, method: str, bits: int, seed: int) -> dict[str, Any]:
+    """What a run is known by."""
+    job = {"model": options.model.name, "method": method, "weights": options.weights, "bits": bits}
+    return {**job, "samples": options.samples, "images": options.images, "seed": seed}
 
 
 def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> None:
     """Run one job without its export and keep its figures."""
-    file = file_of(options, method, bits, seed)
-    if file.exists():
+    facts = settings(options, method, bits, seed)
+    if KEPT.find(facts) is not None:
         return
     data = {"source": "local", "id": str(options.data.resolve())}
     request = JobRequest.model_validate(
@@ -136,12 +118,8 @@ def measure(options: argparse.Namespace, method: str, bits: int, seed: int) -> N
             dressing=found_activations.dressing,
             chosen=found_activations.chosen,
         ).run()
-    values = {f"{metric} {name}": v for metric, row in result.quality.items() for name, v in row.items()}
-    values["cpu_s"] = time.process_time() - began
-    KEPT.mkdir(parents=True, exist_ok=True)
-    part = file.with_suffix(".part")
-    part.write_text(json.dumps(values))
-    part.rename(file)
+    figures = {f"{metric} {name}": v for metric, row in result.quality.items() for name, v in row.items()}
+    KEPT.keep(facts, {**figures, "cpu_s": round(time.process_time() - began, 1)})
 
 
 def cell(values: list[float], form: str) -> str:
@@ -155,8 +133,8 @@ def show(options: argparse.Namespace, rows: list[tuple[int, str]]) -> None:
     print("\n| bits | method | top-1 % | KL | CPU-s | seeds |\n" + "| --- " * 6 + "|", flush=True)
     full = set()
     for bits, method in rows:
-        files = [file_of(options, method, bits, seed) for seed in options.seeds]
-        runs = [json.loads(file.read_text()) for file in files if file.exists()]
+        known = [KEPT.find(settings(options, method, bits, seed)) for seed in options.seeds]
+        runs = [figures for figures in known if figures is not None]
         if not runs:
             continue
         top = cell([100 * run["top1 quantized"] for run in runs], ".2f")

@@ -2,25 +2,26 @@
 
 usage: python benchmarks/language_models.py MODEL --calibration TEXT --evaluation TEXT [--separator S]
            [--bits 4 3 2] [--group-sizes 64 0] [--recipes plain default] [--seeds 0 1 2]
-           [--samples 64] [--length 512] [--evaluation-windows 40] [--evaluation-length 1024]
+           [--samples 64] [--length 512] [--evaluation-windows 40] [--evaluation-length 1024] [--show]
 
 A text may be one file for both: calibration takes its first nine tenths, evaluation the rest. Group size 0
 is one scale a row; --evaluation-windows 0 is the whole text. Recipes: plain (GPTQ as published: no clip
 search, no asymmetric target, no refinement), default, each also with bias compensation (plain+bc,
-default+bc). Results are kept in .bench/lm and not computed again.
+default+bc). Runs are kept in benchmarks/results (kept.py) and not computed again.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 import platform
 import statistics
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from kept import Kept
 
 from quantry.contract import DatasetRef, Evaluation, JobSpec, ModelRef
 from quantry.recipe import BiasCompensationStep, GptqStep, Step
@@ -32,7 +33,7 @@ from worker.progress import Progress
 from worker.sweep import BlockSweep
 from worker.workspace import Workspace
 
-KEPT = Path(".bench/lm")
+KEPT = Kept("language_models")
 RECIPES = ("plain", "plain+bc", "default", "default+bc")
 
 
@@ -66,20 +67,33 @@ def windows(options: argparse.Namespace, model: CausalLM, seed: int) -> tuple[to
     ]
 
 
-def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, seed: int) -> dict[str, float]:
-    """Perplexities by stream, and the cost of quantizing."""
-    facts = f"{options.model.name} {recipe} {bits} {group} {seed} {options.samples}x{options.length}"
-    evaluated = f"{options.evaluation_windows}x{options.evaluation_length} {options.asymmetric}"
-    file = KEPT / (f"{facts} {evaluated}".replace("/", "_").replace(" ", "-") + ".json")
-    if file.exists():
-        found: dict[str, float] = json.loads(file.read_text())
-        return found
+def judged(options: argparse.Namespace) -> dict[str, Any]:
+    """What a perplexity depends on but for the weights."""
+    windows = f"{options.evaluation_windows}x{options.evaluation_length}"
+    return {"model": options.model.name, "windows": windows, "dtype": options.dtype}
+
+
+def settings(
+    options: argparse.Namespace, recipe: str, bits: int, group: int, seed: int | None
+) -> dict[str, Any]:
+    """What a run is known by; no seed: round to nearest."""
+    grid = {"recipe": recipe, "bits": bits, "group": group, "asymmetric": options.asymmetric}
+    calibration = {"calibration": f"{options.samples}x{options.length}", "seed": seed}
+    return {**judged(options), **grid, **(calibration if seed is not None else {})}
+
+
+def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, seed: int) -> None:
+    """Keep the perplexity and the cost of one recipe, and those of full precision and RTN where they miss."""
+    facts = settings(options, recipe, bits, group, seed)
+    if KEPT.find(facts) is not None:
+        return
     model = CausalLM(options.model, device=torch.device("cpu"), dtype=getattr(torch, options.dtype))
     calibration, evaluation = windows(options, model, seed)
-    first = recipe == options.recipes[0] and seed == options.seeds[0]
-    full = KEPT / f"{options.model.name}-fp-{evaluated.split()[0]}-{options.dtype}.json"
-    known = json.loads(full.read_text()) if full.exists() else {}
-    baselines = ("rtn",) if first and known else ("fp", "rtn") if first else ()
+    references = {
+        "fp": {**judged(options), "recipe": "fp"},
+        "rtn": settings(options, "rtn", bits, group, None),
+    }
+    baselines = [name for name, run in references.items() if KEPT.find(run) is None]
     spec = JobSpec(
         model=ModelRef(source="local", id=str(options.model)),
         recipe=steps(recipe, bits, group, not options.asymmetric),
@@ -90,12 +104,22 @@ def measure(options: argparse.Namespace, recipe: str, bits: int, group: int, see
         store = BlockStore(Path(folder) / "blocks", "benchmark")
         judge = PerplexityJudge(model)
         result = BlockSweep(model, spec, store, Progress(io.StringIO()), calibration, evaluation, judge).run()
-    values = {**known, **result.perplexity, "cpu_s": result.cost.cpu_s, "windows": len(evaluation)}
-    KEPT.mkdir(parents=True, exist_ok=True)
-    if "fp" in values:
-        full.write_text(json.dumps({"fp": values["fp"]}))
-    file.write_text(json.dumps(values))
-    return values
+    for name in baselines:
+        KEPT.keep(references[name], {"perplexity": result.perplexity[name]})
+    figures = {"perplexity": result.perplexity["quantized"], "cpu_s": round(result.cost.cpu_s, 1)}
+    KEPT.keep(facts, {**figures, "windows": len(evaluation)})
+
+
+def row(options: argparse.Namespace, bits: int, group: int) -> str:
+    """A line of the table, of what was measured so far."""
+    runs = [[{**judged(options), "recipe": "fp"}], [settings(options, "rtn", bits, group, None)]]
+    for recipe in options.recipes:
+        runs.append([settings(options, recipe, bits, group, seed) for seed in options.seeds])
+    cells = [str(bits), str(group or "row")]
+    for column in runs:
+        found = [known["perplexity"] for known in map(KEPT.find, column) if known is not None]
+        cells.append(cell(found) if found else "")
+    return "| " + " | ".join(cells) + " |"
 
 
 def cell(values: list[float]) -> str:
@@ -120,6 +144,7 @@ def main() -> None:
     parser.add_argument("--evaluation-length", type=int, default=1024)
     parser.add_argument("--asymmetric", action="store_true")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of the forwards")
+    parser.add_argument("--show", action="store_true", help="run nothing")
     options = parser.parse_args()
     print(
         f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads, {options.dtype}\n"
@@ -128,14 +153,10 @@ def main() -> None:
     print("| --- " * (4 + len(options.recipes)) + "|", flush=True)
     for bits in options.bits:
         for group in options.group_sizes:
-            columns = []
-            base: dict[str, float] = {}
-            for recipe in options.recipes:
-                runs = [measure(options, recipe, bits, group, seed) for seed in options.seeds]
-                base = base or runs[0]
-                columns.append(cell([run["quantized"] for run in runs]))
-            row = [str(bits), str(group or "row"), f"{base['fp']:.3f}", f"{base['rtn']:.3f}", *columns]
-            print("| " + " | ".join(row) + " |", flush=True)
+            for recipe in options.recipes if not options.show else ():
+                for seed in options.seeds:
+                    measure(options, recipe, bits, group, seed)
+            print(row(options, bits, group), flush=True)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def connect(
         str | None,
         typer.Option(envvar="QUANTRY_URL", help=f"Address of the server; default {DEFAULT_URL}."),
     ] = None,
+    version: o.Version = False,
 ) -> None:
     """The API key is read from QUANTRY_API_KEY, or from QUANTRY_DATA/api-key for a server on this machine."""
     context.obj = url

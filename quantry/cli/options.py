@@ -8,7 +8,21 @@ from typing import Annotated
 
 import typer
 
+from quantry import __version__
+
 _RECIPE, _DATA, _MORE = "Recipe", "Data", "More"
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"quantry {__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+]
 
 
 class Method(StrEnum):

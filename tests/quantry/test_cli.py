@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 from app.shared.leases import Claim
+from quantry import __version__
 from quantry.jobs import JobRead, State
 from tests.live_server import MODEL, LiveServer
 
@@ -54,6 +55,14 @@ def end(live: LiveServer, claim: Claim, ending: str) -> None:
         live.fail(claim)
     else:
         live.succeed(claim, FILES, rejected="too much" if ending == "rejected" else None)
+
+
+@pytest.mark.parametrize("program", ["quantry", "quantry-server"])
+def test_version(program: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / program, "--version"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (0, f"{program} {__version__}\n")
 
 
 def test_submit_in_the_short_form(live: LiveServer) -> None:

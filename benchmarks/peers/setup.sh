@@ -28,3 +28,6 @@ environment gptqmodel gptqmodel==7.7.0 \
 environment llmcompressor llmcompressor==0.14.0.1 \
     transformers==5.17.0 compressed-tensors==0.19.0 'accelerate>=1.15' 'numpy>=2,<2.5' 'datasets>=4.8.4' \
     loguru pyyaml tqdm pillow requests nvidia-ml-py
+environment autoround auto-round==0.16.1 \
+    transformers==5.23.0 'accelerate>=1.15' 'numpy>=2,<2.5' 'datasets>=4.8.4' \
+    py-cpuinfo tqdm pydantic requests psutil

@@ -12,13 +12,14 @@ from quantry.diffusion import PIPELINES, Component, PipelineFamily, pipeline_fam
 from quantry.diffusion_checks import (
     DIFFUSION_METHODS,
     check_groups,
+    check_guidance,
     check_network,
+    check_noise,
     check_recipe,
     group_of,
-    resolve_sampling,
-    scheduler_class,
 )
 from quantry.diffusion_layers import is_edge, is_time, latent_shape, positions, quantized_layers
+from quantry.diffusion_schedulers import resolve_sampling, scheduler_class
 from quantry.headers import TensorInfo
 from quantry.recipe import (
     AdaroundStep,
@@ -88,6 +89,9 @@ def plan_diffusion(
     latent = latent_shape(denoiser.config)
     check_network(family, denoiser.config)
     sampling = resolve_sampling(spec, family, components["scheduler"].config)
+    scheduler = scheduler_class(sampling, components["scheduler"].config)
+    check_guidance(family, denoiser.config, sampling)
+    check_noise(spec, scheduler, sampling)
     group = group_of(spec, sampling, family)
     resolved = _resolve(spec, sampling, family)
     layers = quantized_layers(denoiser.tensors)
@@ -104,7 +108,7 @@ def plan_diffusion(
         sampling=sampling,
         format="quantry",
         family=family,
-        scheduler=scheduler_class(sampling, components["scheduler"].config),
+        scheduler=scheduler,
         layers=tuple(_layer_plans(denoiser.tensors, layers)),
         latent=latent,
         group=group,

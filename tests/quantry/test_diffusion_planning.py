@@ -67,6 +67,14 @@ def test_a_plan_that_is_stored_plans_to_itself() -> None:
     assert plan_diffusion(plan.spec, index, components).spec == plan.spec
 
 
+def test_noise_is_absorbed_where_the_sampler_adds_some() -> None:
+    recipe = [*ROUND, {"method": "noise_correction", "absorb": True}]
+    for sampling in ({"eta": 0.5}, {"scheduler": "ddpm"}):
+        planned({"recipe": recipe, "sampling": sampling})
+    with pytest.raises(ValueError, match="`absorb` is a part of ptqd"):
+        planned({"recipe": [*ROUND, {"method": "noise_correction", "rule": "tac", "absorb": True}]})
+
+
 def test_layers_bytes_and_bits_are_counted() -> None:
     plan = planned({"recipe": ROUND})
     weights = {layer.name for layer in plan.layers if layer.quantized}
@@ -131,6 +139,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"recipe": W4A8, "sampling": {"group": 21}}, "sampling.group", "20 in all"),
     ({"recipe": W4A8, "sampling": {"scheduler": "ddpm", "eta": 0.5}}, "sampling.eta", "its own noise"),
     ({"recipe": W4A8, "sampling": {"guidance_scale": 3}}, "sampling.guidance_scale", "no guidance"),
+    (
+        {"recipe": [*ROUND, {"method": "noise_correction", "absorb": True}]},
+        "recipe.1.absorb",
+        "adds no noise that could be less",
+    ),
     ({"recipe": W4A8, "format": "gptq"}, "format", "weights only|no place"),
     ({"recipe": W4A8, "compute_dtype": "bfloat16"}, "compute_dtype", "float32"),
     ({"recipe": W4A8, "accept": {"accuracy_drop_max": 0.1}}, "accept.accuracy_drop_max", "no accuracy"),
@@ -174,6 +187,21 @@ def test_what_cannot_work_is_refused_with_its_field(body: dict[str, Any], path: 
         ({"unet": {"out_channels": 2}}, "model", "predict a variance"),
         ({"unet": {"num_class_embeds": 10}}, "model", "class-conditional"),
         ({"unet": {"quantization_config": {"a": 1}}}, "model", "already quantized"),
+        ({"unet": {"_class_name": "UNet1DModel"}}, "model", "is of a UNet1DModel"),
+        ({"unet": {"block_out_channels": 8}}, "model", "block_out_channels is 8, not a list"),
+        ({"unet": {"patch_size": "x"}}, "model", "patch_size is 'x'"),
+        ({"unet": {"time_cond_proj_dim": 8}}, "model", "time_cond_proj_dim is 8"),
+        ({"unet": {"addition_embed_type": "text_time"}}, "model", "is run without"),
+        ({"scheduler": {"num_train_timesteps": "100"}}, "model", "num_train_timesteps is '100'"),
+        ({"scheduler": {"num_train_timesteps": 0}}, "model", "num_train_timesteps is 0"),
+        ({"scheduler": {"num_train_timesteps": 10**9}}, "model", "from 1 to 100000"),
+        ({"scheduler": {"timestep_spacing": "odd"}}, "model", "'linspace' or 'leading' or 'trailing'"),
+        ({"scheduler": {"prediction_type": "flow_prediction"}}, "model", "'flow_prediction', not 'epsilon'"),
+        (
+            {"scheduler": {"_class_name": "DDPMScheduler", "variance_type": "learned_range"}},
+            "model",
+            "variance_type is 'learned_range'",
+        ),
     ],
 )
 def test_what_a_pipeline_cannot_is_refused(configs: dict[str, Any], path: str, reason: str) -> None:
@@ -193,14 +221,70 @@ def test_clipping_is_left_out_where_the_request_says_so() -> None:
     )
 
 
+def test_the_variance_that_ddpm_would_learn_does_not_matter_to_ddim() -> None:
+    """Configs of DPM-Solver hold null there."""
+    other = {"_class_name": "DPMSolverMultistepScheduler", "variance_type": None}
+    body = {"recipe": W4A8, "sampling": {"scheduler": "ddim"}}
+    assert planned(body, scheduler=other).scheduler == "DDIMScheduler"
+
+
+def test_a_model_of_another_noise_schedule_is_not_sampled_by_ddim() -> None:
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler", "beta_schedule": None}
+    with pytest.raises(SpecError, match="FlowMatchEulerDiscreteScheduler has no beta_schedule"):
+        planned({"recipe": W4A8, "sampling": {"scheduler": "ddim"}}, scheduler=flow)
+
+
+DIT = {"sample_size": 4, "in_channels": 4, "out_channels": 8, "patch_size": 2, "num_embeds_ada_norm": 1000}
+
+
+def planned_dit(**changes: Any) -> DiffusionPlan:
+    """The plan of a DiT with this config, by guidance unless `guidance_scale` is 1."""
+    _, components = outside()
+    scale = changes.pop("guidance_scale", None)
+    spec = JobRequest.model_validate(
+        {"model": "local:dit", "recipe": ROUND, "sampling": {"guidance_scale": scale}}
+    ).resolve()
+    index = {
+        "_class_name": "DiTPipeline",
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+        "vae": ["diffusers", "AutoencoderKL"],
+    }
+    denoiser = Component({**DIT, **changes}, components["unet"].tensors)
+    return plan_diffusion(
+        spec, index, {"transformer": denoiser, "scheduler": components["scheduler"], "vae": Component({})}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"sample_size": 5}, "not a multiple of patch_size 2"),
+        ({"sample_size": [4, 8]}, "samples squares only"),
+        ({"out_channels": None}, "out_channels is None"),
+        ({"num_embeds_ada_norm": 10}, "asks for no class by the label 1000, and this network has 10 labels"),
+    ],
+)
+def test_a_dit_that_its_pipeline_would_not_run_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(SpecError, match=reason):
+        planned_dit(**changes)
+    assert planned_dit().sampling.guidance_scale == 4
+
+
+def test_a_dit_of_few_classes_goes_without_guidance() -> None:
+    assert planned_dit(num_embeds_ada_norm=10, guidance_scale=1).sampling.guidance_scale == 1
+
+
 @pytest.mark.parametrize(
     ("index", "reason"),
     [
+        ({"_class_name": ["DDIMPipeline"]}, "is not supported"),
         ({"_class_name": "FluxPipeline"}, "FluxPipeline.*supported: "),
         ({"extra": ["diffusers", "UNet2DModel"]}, "component `extra`"),
         ({"unet": ["mine", "UNet2DModel"]}, "takes `unet` from 'mine'"),
         ({"unet": ["diffusers", "UNet2DConditionModel"]}, "must be a UNet2DModel"),
         ({"scheduler": [None, None]}, "names no `scheduler`"),
+        ({"_class_name": "LDMPipeline"}, "names no `vqvae`"),
     ],
 )
 def test_other_pipelines_and_components_are_refused(index: dict[str, Any], reason: str) -> None:
@@ -241,6 +325,8 @@ def test_embeddings_are_kept() -> None:
         "norm.weight": TensorInfo("F32", (4,)),
     }
     assert list(quantized_layers(tensors)) == ["conv_in"]
+    with pytest.raises(SpecError, match="is empty: its shape"):
+        quantized_layers({"conv_in.weight": TensorInfo("F32", (0, 1, 3, 3))})
     with pytest.raises(SpecError, match="I8"):
         quantized_layers({"conv_in.weight": TensorInfo("I8", (4, 1, 3, 3))})
 

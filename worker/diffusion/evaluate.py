@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from worker.diffusion.prepare import DiffusionJob
 from worker.diffusion.quantize import QuantizedDenoiser
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.rounding import BATCH
-from worker.diffusion.steps import Denoiser
+from worker.diffusion.steps import Denoiser, Step
 from worker.diffusion.trajectory import Curves, Latents, error_curves, trajectory
 from worker.errors import NonFiniteError
 from worker.metrics.images import class_tokens, frechet_distance, psnr, ssim
@@ -39,16 +39,16 @@ class Evaluated:
 
 def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | None) -> Evaluated:
     """Sample from seeds that calibration has not seen. Raises NonFiniteError."""
-    networks: dict[str, Denoiser] = {"quantized": made.denoiser}
+    networks: dict[str, tuple[Denoiser, Sequence[Step]]] = {"quantized": (made.denoiser, made.quieter)}
     if nearest is not None:
-        networks["rtn"] = nearest
+        networks["rtn"] = (nearest, ())
     curves: dict[str, Curves] = {}
     samples: dict[str, Tensor] = {}
     job.progress.stage(State.EVALUATING, "sampling", 0, len(networks))
-    for done, (name, denoiser) in enumerate(networks.items()):
+    for done, (name, (denoiser, quieter)) in enumerate(networks.items()):
         curves[name] = halving(
-            lambda batch, run=denoiser: error_curves(  # type: ignore[misc]
-                job.full, run, job.loaded.steps, job.evaluation(), batch=batch
+            lambda batch, run=denoiser, quieter=quieter: error_curves(  # type: ignore[misc]
+                job.full, run, job.loaded.steps, job.evaluation(), quieter=quieter, batch=batch
             ),
             BATCH,
             "evaluation",
@@ -123,6 +123,7 @@ def trajectory_report(
         accumulated=_means(ours.accumulated),
         single_rtn=_means(nearest.single) if nearest else None,
         accumulated_rtn=_means(nearest.accumulated) if nearest else None,
+        noise_kept=made.noise_kept,
         groups=tuple(groups),
         pictures=pictures,
     )

@@ -37,6 +37,7 @@ from worker.workspace import Workspace
 
 REFERENCE = 2  # samples on which the written pipeline must agree
 COLUMNS = 4  # of a picture of samples
+PICTURE = 4  # channels at most that a picture can have
 TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}
 
 
@@ -89,6 +90,7 @@ def _artifact(job: DiffusionJob, made: QuantizedDenoiser) -> Artifact:
         splits={layer.name: layer.split for layer in job.layers},
         scheduler=job.loaded.scheduler,
         steps=job.loaded.steps,
+        noise_kept=made.noise_kept,
         eta=job.plan.sampling.eta,
         call=_call(job),
         corrections=made.corrections,
@@ -117,7 +119,7 @@ def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
     inputs = job.loaded.predict.inputs(noise.seeds)
     corrections = padded_corrections(network, made.corrections)
     latents, outputs = [], []
-    for index, x, _ in trajectory(made.denoiser, steps, noise):
+    for index, x, _ in trajectory(made.denoiser, made.steps, noise):
         if index == len(steps):
             break
         made.network.tell(index)
@@ -141,6 +143,8 @@ def _call(job: DiffusionJob) -> dict[str, Any]:
         asked["eta"] = sampling.eta
     if sampling.guidance_scale is not None:
         asked["guidance_scale"] = sampling.guidance_scale
+    if family.decoder is None and job.plan.latent[0] > PICTURE:
+        asked["output_type"] = "np"
     return asked
 
 

@@ -19,13 +19,13 @@ from quantry.jobs import State
 from worker.calibration.pieces import PieceStore
 from worker.calibration.texts import load_text
 from worker.diffusion.conditions import UNSEEN
-from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline
+from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline, refusing
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.trajectory import SeededNoise
 from worker.diffusion.unet import UNetLayer, layers_of
-from worker.errors import DatasetError, ModelError, RecipeError
+from worker.errors import DatasetError, RecipeError
 from worker.models.source import Role, read_pipeline, resolve
-from worker.prepare import device_of
+from worker.prepare import OVERLAP_ALLOWED, device_of
 from worker.progress import Progress
 from worker.workspace import Workspace
 
@@ -98,18 +98,26 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Diffusio
     job = DiffusionJob(
         plan.spec, plan, folder, loaded, layers, device, store, fingerprint, progress, features
     )
-    for text in plan.warnings:
+    for text in (*plan.warnings, *loaded.warnings):
         job.warn(text)
     return job
 
 
 def _prompts(plan: DiffusionPlan, workspace: Workspace) -> Prompts:
-    """The lines of the texts that a text-to-image job names. Raises DatasetError for texts without any."""
+    """The lines of the texts that a text-to-image job names. Raises DatasetError for none, or the same in both."""
     if plan.family.conditions != "text":
         return Prompts()
     spec = plan.spec
     seen = _lines(spec.calibration.dataset, "calibration", workspace)
-    unseen = _lines(spec.evaluation.dataset, "evaluation", workspace) if spec.evaluation else []
+    if spec.evaluation is None:
+        return Prompts(seen)
+    unseen = _lines(spec.evaluation.dataset, "evaluation", workspace)
+    share = len(set(unseen) & set(seen)) / len(set(unseen))
+    if share > OVERLAP_ALLOWED and not spec.evaluation.allow_overlap:
+        raise DatasetError(
+            f"evaluation: {share:.1%} of the prompts also stand among the calibration's; evaluate on others, or set "
+            "evaluation.allow_overlap to accept figures that flatter the result"
+        )
     return Prompts(seen, unseen)
 
 
@@ -124,14 +132,10 @@ def _lines(ref: DatasetRef, role: Role, workspace: Workspace) -> list[str]:
 def _layers(loaded: Loaded, plan: DiffusionPlan, device: torch.device) -> tuple[UNetLayer, ...]:
     """The layers that run. Raises ModelError where latents of the config's size do not pass the network."""
     x = torch.zeros(1, *plan.latent, device=device)
-    try:
+    with refusing(f"latents of {plan.latent} do not pass the denoiser"):
         return layers_of(
             loaded.network, lambda: loaded.predict(loaded.network, x, loaded.steps[0].timestep, (0,))
         )
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"latents of {plan.latent} do not pass the denoiser: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _fingerprint(spec: JobSpec, folder: Path, prompts: Prompts, device: torch.device) -> str:

@@ -67,6 +67,13 @@ def test_a_plan_that_is_stored_plans_to_itself() -> None:
     assert plan_diffusion(plan.spec, index, components).spec == plan.spec
 
 
+def test_measures_of_the_operator_are_taken_where_they_are_named() -> None:
+    metrics = ("lpips", "frechet_inception", "psnr")
+    evaluation = planned({"recipe": ROUND, "evaluation": {"metrics": metrics}}).spec.evaluation
+    assert evaluation is not None
+    assert evaluation.metrics == metrics
+
+
 def test_noise_is_absorbed_where_the_sampler_adds_some() -> None:
     recipe = [*ROUND, {"method": "noise_correction", "absorb": True}]
     for sampling in ({"eta": 0.5}, {"scheduler": "ddpm"}):
@@ -156,6 +163,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"recipe": W4A8, "evaluation": {"metrics": ["perplexity"]}}, "evaluation.metrics", "no perplexity"),
     ({"recipe": W4A8, "evaluation": {"baselines": ["rtn"]}}, "evaluation.baselines", "full precision"),
     ({"recipe": W4A8, "evaluation": {"samples": 1}}, "evaluation.samples", "at least 2"),
+    (
+        {"recipe": W4A8, "evaluation": {"samples": 1, "metrics": ["frechet_inception"]}},
+        "evaluation.samples",
+        "at least 2",
+    ),
     (
         {"recipe": [*ROUND, {"method": "bias_compensation", "granularity": "position_channel"}]},
         "recipe.1.granularity",

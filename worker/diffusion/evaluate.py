@@ -84,8 +84,12 @@ def _quality(
             found = class_tokens(torch.cat(list(images.values())), job.features).chunk(len(images))
             tokens = dict(zip(images, found, strict=True))
             figures[metric] = {"fp": 0.0} | {n: frechet_distance(tokens[n], tokens["fp"]) for n in others}
+        else:
+            measure, _ = job.installed[metric]
+            figures[metric] = {"fp": 0.0} | {n: measure(images[n], reference) for n in others}
     where = {
-        "frechet": f"features of {evaluation.features.id} (last class token)" if evaluation.features else ""
+        "frechet": f"features of {evaluation.features.id} (last class token)" if evaluation.features else "",
+        **{metric: title for metric, (_, title) in job.installed.items()},
     }
     return tuple(
         QualityRow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 import quantry
 from quantry.base import SpecError
 from quantry.contract import DatasetRef, JobSpec
-from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
+from quantry.diffusion_planning import INSTALLED, DiffusionPlan, plan_diffusion
 from quantry.jobs import State
 from worker.calibration.pieces import PieceStore
 from worker.calibration.texts import load_text
@@ -24,6 +24,7 @@ from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.trajectory import SeededNoise
 from worker.diffusion.unet import UNetLayer, layers_of
 from worker.errors import DatasetError, RecipeError
+from worker.metrics.perceptual import Measure, load_measure
 from worker.models.source import Role, read_pipeline, resolve
 from worker.prepare import OVERLAP_ALLOWED, device_of
 from worker.progress import Progress
@@ -34,7 +35,10 @@ SEEDS = 1 << 13  # of calibration, for each seed of a job
 
 @dataclass
 class DiffusionJob:
-    """What every stage of a diffusion job looks at. warnings: grows while the job runs."""
+    """What every stage of a diffusion job looks at.
+
+    installed: measures of the operator's, and by what they measure, by metric. warnings: grows while the job runs.
+    """
 
     spec: JobSpec
     plan: DiffusionPlan
@@ -46,6 +50,7 @@ class DiffusionJob:
     fingerprint: str
     progress: Progress
     features: Path | None
+    installed: Mapping[str, tuple[Measure, str]]
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
@@ -96,11 +101,31 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Diffusio
     store = PieceStore(workspace.checkpoints, fingerprint)
     layers = _layers(loaded, plan, device)
     job = DiffusionJob(
-        plan.spec, plan, folder, loaded, layers, device, store, fingerprint, progress, features
+        spec=plan.spec,
+        plan=plan,
+        folder=folder,
+        loaded=loaded,
+        layers=layers,
+        device=device,
+        store=store,
+        fingerprint=fingerprint,
+        progress=progress,
+        features=features,
+        installed=_installed(plan, loaded, workspace),
     )
     for text in (*plan.warnings, *loaded.warnings):
         job.warn(text)
     return job
+
+
+def _installed(plan: DiffusionPlan, loaded: Loaded, workspace: Workspace) -> dict[str, tuple[Measure, str]]:
+    """Raises RecipeError for what is asked for and not installed."""
+    metrics = (plan.spec.evaluation.metrics or ()) if plan.spec.evaluation else ()
+    wanted = [metric for metric in metrics if metric in INSTALLED]
+    if not wanted:
+        return {}
+    image = loaded.images(torch.zeros(1, *plan.latent, device=loaded.network.device))
+    return {metric: load_measure(metric, image, workspace.inception_weights) for metric in wanted}
 
 
 def _prompts(plan: DiffusionPlan, workspace: Workspace) -> Prompts:

@@ -286,6 +286,8 @@ def test_a_job_that_died_goes_on_and_writes_the_same_bytes(
     [
         ({"recipe": [{"method": "gptq", "bits": 4}]}, "recipe.0: `gptq` needs the Hessian"),
         ({"sampling": {"steps": 4, "group": 9}}, "sampling.group"),
+        ({"evaluation": {"metrics": ["psnr", "lpips"]}}, "lpips needs 32 pixels a side, and samples are 8x8"),
+        ({"evaluation": {"metrics": ["frechet_inception"]}}, "frechet_inception needs"),
         ({"recipe": RECIPES["accuquant"], "sampling": {"steps": 1}}, r"recipe.2.group: 2 steps .* has 1"),
     ],
 )
@@ -295,6 +297,7 @@ def test_what_cannot_work_is_refused_with_its_field(
     pipelines.write_ddim(workspace.model_roots[0] / "model")
     with pytest.raises(RecipeError, match=message):
         quantize(workspace, body(**{"recipe": RECIPES["rtn"], **change}))
+    assert not workspace.artifact.exists()
 
 
 def _spoil(folder: Path, how: str) -> None:

@@ -24,6 +24,7 @@ from worker.metrics.layer_error import ErrorSum
 from worker.models.network import channels_last
 
 SHOWN = 16  # samples of a picture
+TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}  # of networks
 PROBED = 8  # samples that the errors of layers are measured on, at the first, middle and last step
 
 
@@ -44,11 +45,11 @@ def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | 
         networks["rtn"] = (nearest, ())
     curves: dict[str, Curves] = {}
     samples: dict[str, Tensor] = {}
-    job.progress.stage(State.EVALUATING, "sampling", 0, len(networks))
-    for done, (name, (denoiser, quieter)) in enumerate(networks.items()):
+    for name, (denoiser, quieter) in networks.items():
+        job.progress.stage(State.EVALUATING, f"sampling: {TITLES[name]}")
         curves[name] = halving(
             lambda batch, run=denoiser, quieter=quieter: error_curves(  # type: ignore[misc]
-                job.full, run, job.loaded.steps, job.evaluation(), quieter=quieter, batch=batch
+                job.full, run, job.loaded.steps, job.evaluation(), quieter=quieter, batch=batch, tell=job.tell
             ),
             BATCH,
             "evaluation",
@@ -57,9 +58,8 @@ def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | 
         if not torch.isfinite(curves[name].final).all():
             raise NonFiniteError(f"the samples of the {name} network hold NaN or infinity")
         samples[name], samples["fp"] = curves[name].final, curves[name].reference
-        job.progress.advance(done + 1, len(networks))
+    job.progress.stage(State.EVALUATING, "comparing samples")
     images = {name: job.loaded.images(values) for name, values in samples.items()}
-    job.progress.advance(len(networks), len(networks), "comparing samples")
     return Evaluated(curves, images, _quality(job, samples, images), layer_reports(job, made, nearest))
 
 

@@ -19,7 +19,7 @@ from quantry.jobs import State, Succeeded
 from quantry.pipelines import TENSORS
 from quantry.quantizers.steps import StepBias
 from quantry.reports import Manifest, Report, SizeReport
-from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
+from worker.diffusion.evaluate import SHOWN, TITLES, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
 from worker.diffusion.quantize import QuantizedDenoiser, quantize, round_to_nearest
 from worker.diffusion.rounding import calibration_latents
@@ -38,7 +38,6 @@ from worker.workspace import Workspace
 REFERENCE = 2  # samples on which the written pipeline must agree
 COLUMNS = 4  # of a picture of samples
 PICTURE = 4  # channels at most that a picture can have
-TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}
 
 
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded:

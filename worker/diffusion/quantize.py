@@ -141,6 +141,7 @@ def _attach_ranges(
         bits=layer_bits(layers, step.bits, edge_bits(step)),
         steps_per_row=group,
         clip=clip,
+        tell=job.tell,
     )
     attach_quantizers(network.unet, quantizers)
 

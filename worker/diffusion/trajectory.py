@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -123,13 +123,15 @@ def error_curves(
     *,
     quieter: Sequence[Step] = (),
     batch: int = 64,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Curves:
     """Both errors along the trajectories of all seeds. Use seeds that calibration has not seen.
 
-    quieter: the steps of the quantized denoiser, where they are others.
+    quieter: the steps of the quantized denoiser, where they are others. tell: hears (done, total) steps of batches.
     """
     single, accumulated = [], []
     final, reference = [], []
+    total = len(steps) * -(-len(noise.seeds) // batch)
     for part in noise.batches(batch):
         x = drifted = part.start()
         f, q = bound(full, part), bound(quantized, part)
@@ -140,6 +142,7 @@ def error_curves(
             x = step.advance(x, f(x, index), z)
             single.append(_squared(once - x))
             accumulated.append(_squared(drifted - x))
+            tell(len(single), total)
         final.append(drifted)
         reference.append(x)
     return Curves(

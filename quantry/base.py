@@ -7,7 +7,12 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
 Bits = Literal[2, 3, 4, 5, 6, 8]
-Metric = Literal["perplexity", "top1", "top5", "kl", "latent_mse", "psnr", "ssim", "frechet"]
+# fmt: off
+Metric = Literal[
+    "perplexity", "top1", "top5", "kl",
+    "latent_mse", "psnr", "ssim", "lpips", "frechet", "frechet_inception",
+]
+# fmt: on
 Label = Annotated[
     str, StringConstraints(min_length=1, max_length=63, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
 ]

@@ -134,7 +134,8 @@ class Evaluation(Model):
         None,
         min_length=1,
         description="null: perplexity of a language model; top1, top5 and kl of a classifier; latent_mse, psnr, ssim "
-        "and, with `features`, frechet of a diffusion pipeline",
+        "and, with `features`, frechet of a diffusion pipeline. lpips and frechet_inception are measured where they "
+        "are named, on a worker that has their weights",
     )
     baselines: tuple[Literal["fp", "rtn"], ...] = ("fp", "rtn")
     allow_overlap: bool = Field(False, description="true: evaluate though calibration saw the same text")

@@ -31,7 +31,8 @@ class PipelineFamily:
 
     denoiser: the component that is quantized, of class `architecture`. others: what else it may have, beside the
     scheduler; it is copied. conditions: what a sample is asked for by. guidance: the usual scale of classifier-free
-    guidance. decoder: the component that makes images of latents. one_step: a consistency model.
+    guidance. decoder: the component that makes images of latents. one_step: a consistency model. square: it samples
+    no other shape.
     """
 
     name: str
@@ -42,6 +43,7 @@ class PipelineFamily:
     guidance: float | None = None
     decoder: str | None = None
     one_step: bool = False
+    square: bool = False
 
     @property
     def transformer(self) -> bool:
@@ -54,8 +56,8 @@ PIPELINES: dict[str, PipelineFamily] = {
     for family in (
         PipelineFamily("DDPMPipeline", "unet", "UNet2DModel"),
         PipelineFamily("DDIMPipeline", "unet", "UNet2DModel"),
-        PipelineFamily("ConsistencyModelPipeline", "unet", "UNet2DModel", one_step=True),
-        PipelineFamily("LDMPipeline", "unet", "UNet2DModel", ("vqvae",), decoder="vqvae"),
+        PipelineFamily("ConsistencyModelPipeline", "unet", "UNet2DModel", one_step=True, square=True),
+        PipelineFamily("LDMPipeline", "unet", "UNet2DModel", ("vqvae",), decoder="vqvae", square=True),
         PipelineFamily(
             "StableDiffusionPipeline",
             "unet",
@@ -73,6 +75,7 @@ PIPELINES: dict[str, PipelineFamily] = {
             conditions="class",
             guidance=4.0,
             decoder="vae",
+            square=True,
         ),
     )
 }
@@ -98,7 +101,7 @@ def is_pipeline(config: Mapping[str, Any]) -> bool:
 def pipeline_family_of(index: Mapping[str, Any]) -> PipelineFamily:
     """The family of a model_index.json. Raises SpecError for pipelines and components that are not known."""
     name = index.get("_class_name")
-    if name not in PIPELINES:
+    if not isinstance(name, str) or name not in PIPELINES:
         raise SpecError(
             "model", f"pipeline {name!r} is not supported; supported: {', '.join(sorted(PIPELINES))}"
         )
@@ -117,7 +120,8 @@ def pipeline_family_of(index: Mapping[str, Any]) -> PipelineFamily:
             raise SpecError(
                 "model", f"the `{component}` of a {name} must be a {family.architecture}, this is a {kind}"
             )
-    missing = [part for part in (family.denoiser, "scheduler") if part not in parts_of(index)]
+    needed = filter(None, (family.denoiser, "scheduler", family.decoder))
+    missing = [part for part in needed if part not in parts_of(index)]
     if missing:
         raise SpecError("model", f"model_index.json names no `{missing[0]}`, which a {name} needs")
     return family

@@ -9,11 +9,13 @@ from quantry.base import SpecError
 from quantry.contract import JobSpec
 from quantry.diffusion import PipelineFamily
 from quantry.diffusion_layers import is_edge, is_time
+from quantry.diffusion_schedulers import SCHEDULERS
 from quantry.headers import TensorInfo
 from quantry.recipe import (
     AccuquantStep,
     AdaroundStep,
     BiasCompensationStep,
+    NoiseCorrectionStep,
     RtnStep,
     SvdquantStep,
     UniformStep,
@@ -31,8 +33,10 @@ DIFFUSION_METHODS = (
     "bias_compensation",
     "noise_correction",
 )
-STEPS = 20  # of a trajectory, where the request says nothing
-SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
+NO_CLASS = 1000  # the label that a DiTPipeline asks for no class by
+# Conditions beside timestep, label and text that a network may want, and no supported pipeline gives
+_CONDITIONS = ("addition_embed_type", "encoder_hid_dim_type", "time_cond_proj_dim", "attention_type")
+_GIVEN = (None, "default", "text", "text_proj")  # none, or made of the prompt alone
 
 
 def check_recipe(spec: JobSpec, family: PipelineFamily) -> None:
@@ -110,76 +114,56 @@ def _check_uniform(path: str, step: UniformStep, family: PipelineFamily) -> None
 
 
 def check_network(family: PipelineFamily, config: Mapping[str, Any]) -> None:
-    classes = config.get("class_embed_type") or config.get("num_class_embeds")
-    if classes and not (family.one_step and config.get("num_class_embeds")):
+    """That the pipeline can run a denoiser with this config. Raises SpecError."""
+    file = f"{family.denoiser}/config.json"
+    own = config.get("_class_name", family.architecture)
+    if own != family.architecture:
+        raise SpecError("model", f"{file} is of a {own}, and model_index.json names a {family.architecture}")
+    kind, labels = config.get("class_embed_type"), config.get("num_class_embeds")
+    if (kind or labels) and not (family.one_step and labels and kind != "identity"):
         raise SpecError("model", f"class-conditional networks do not run in a {family.name}")
+    more = next((key for key in _CONDITIONS if config.get(key) not in _GIVEN), None)
+    if more:
+        raise SpecError("model", f"{file}: {more} is {config[more]!r}, and a {family.name} is run without")
+    size = config.get("sample_size")
+    if family.square and isinstance(size, list | tuple) and len(set(size)) > 1:
+        raise SpecError(
+            "model", f"{file}: sample_size is {list(size)}, and a {family.name} samples squares only"
+        )
     outputs, inputs = config.get("out_channels"), config.get("in_channels")
-    if family.conditions == "class" and outputs in (None, 2 * (inputs or 0)):
+    if family.conditions == "class" and outputs == 2 * (inputs or 0):
         return  # a DiT's variance is left alone
     if outputs != inputs:
         raise SpecError(
             "model",
-            f"the denoiser has {outputs} output channels for {inputs} of the latent: networks that predict a variance "
-            "are not supported",
+            f"{file}: out_channels is {outputs!r} for {inputs} channels of the latent; networks that predict a "
+            "variance are not supported"
+            + (", but for twice the channels of a DiT" if family.transformer else ""),
         )
 
 
-def resolve_sampling(spec: JobSpec, family: PipelineFamily, config: Mapping[str, Any]) -> Sampling:
-    """The sampler's settings, filled in. Raises SpecError for what has no linear step."""
-    asked = spec.sampling or Sampling()
-    if family.one_step:
-        return _one_step(asked, config)
-    kind = scheduler_class(asked, config)
-    if kind not in SCHEDULERS.values():
+def check_noise(spec: JobSpec, scheduler: str, sampling: Sampling) -> None:
+    """That there is noise of the sampler where a step wants some to be left out. Raises SpecError."""
+    if scheduler == SCHEDULERS["ddpm"] or sampling.eta:
+        return
+    for index, step in enumerate(spec.recipe):
+        if isinstance(step, NoiseCorrectionStep) and step.absorb:
+            raise SpecError(
+                f"recipe.{index}.absorb",
+                "the sampler adds no noise that could be less: set sampling.eta above 0 or scheduler to `ddpm`, or "
+                "leave absorb out",
+            )
+
+
+def check_guidance(family: PipelineFamily, config: Mapping[str, Any], sampling: Sampling) -> None:
+    """That the pipeline's label for no class is the network's. Raises SpecError."""
+    labels = config.get("num_embeds_ada_norm")
+    if family.conditions == "class" and labels != NO_CLASS and sampling.guidance_scale != 1:
         raise SpecError(
-            "sampling.scheduler",
-            f"{kind} has no linear step, which calibration along the trajectory needs: set `ddim` or `ddpm`",
+            "sampling.guidance_scale",
+            f"a {family.name} asks for no class by the label {NO_CLASS}, and this network has {labels} labels: set 1, "
+            "which is without guidance",
         )
-    if asked.eta and kind != SCHEDULERS["ddim"]:
-        raise SpecError(
-            "sampling.eta", f"{kind} has its own noise: leave eta out, or set scheduler to `ddim`"
-        )
-    if asked.eta and family.transformer:
-        raise SpecError("sampling.eta", f"a {family.name} passes no eta on to its scheduler: leave it out")
-    bent = [key for key, usual in (("clip_sample", True), ("thresholding", False)) if config.get(key, usual)]
-    if bent and asked.clip_sample is None:
-        raise SpecError(
-            "sampling.clip_sample",
-            f"the checkpoint's scheduler has {bent[0]} on, which bends every step: set false to sample without and see "
-            "in the report whether the model still samples well",
-        )
-    if asked.guidance_scale is not None and family.guidance is None:
-        raise SpecError("sampling.guidance_scale", f"a {family.name} has no guidance: leave it out")
-    steps, limit = asked.steps or STEPS, config.get("num_train_timesteps", 1000)
-    if steps > limit:
-        raise SpecError("sampling.steps", f"{steps} steps, but the scheduler was trained with {limit}")
-    return asked.model_copy(
-        update={"steps": steps, "guidance_scale": asked.guidance_scale or family.guidance}
-    )
-
-
-def _one_step(asked: Sampling, config: Mapping[str, Any]) -> Sampling:
-    """The settings of a consistency model. Raises SpecError for any that it has not."""
-    kind = config.get("_class_name")
-    if kind != "CMStochasticIterativeScheduler":
-        raise SpecError(
-            "model", f"a consistency model is sampled by a CMStochasticIterativeScheduler, not by a {kind}"
-        )
-    if asked.steps not in (None, 1):
-        raise SpecError(
-            "sampling.steps", "a consistency model is linear in its network only in one step: use 1"
-        )
-    for field in ("scheduler", "clip_sample", "guidance_scale", "group"):
-        if getattr(asked, field) is not None:
-            raise SpecError(f"sampling.{field}", "a consistency model has its own sampler: leave it out")
-    if asked.eta:
-        raise SpecError("sampling.eta", "the one step of a consistency model adds no noise: leave it out")
-    return asked.model_copy(update={"steps": 1})
-
-
-def scheduler_class(sampling: Sampling, config: Mapping[str, Any]) -> str:
-    """The class of the scheduler that samples."""
-    return SCHEDULERS[sampling.scheduler] if sampling.scheduler else str(config.get("_class_name"))
 
 
 def group_of(spec: JobSpec, sampling: Sampling, family: PipelineFamily) -> int:

@@ -26,6 +26,8 @@ def quantized_layers(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]
         if not name.endswith(".weight") or len(info.shape) not in (2, 4) or _TABLES.search(name):
             continue
         check_float(name, info)
+        if info.numel == 0:
+            raise SpecError("model", f"{name} is empty: its shape is {list(info.shape)}")
         found[name.removesuffix(".weight")] = info
     if not found:
         raise SpecError("model", "the denoiser holds no weight of a convolution or linear layer")
@@ -53,7 +55,10 @@ def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
             f"the denoiser's config has sample_size {size!r} and in_channels {channels!r}: both are needed, sizes from "
             "1 to 4096",
         )
-    levels = len(config.get("block_out_channels") or (0,)) - 1
+    widths = config.get("block_out_channels") or (0,)
+    if not isinstance(widths, list | tuple):
+        raise SpecError("model", f"unet/config.json: block_out_channels is {widths!r}, not a list")
+    levels = len(widths) - 1
     levels = 0 if config.get("cross_attention_dim") else levels  # a UNet2DConditionModel fits what comes up
     wrong = next((side for side in sides if side % 2**levels), None)
     if wrong is not None:
@@ -61,6 +66,11 @@ def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
             "model",
             f"unet/config.json: sample_size {wrong} is not a multiple of {2**levels}, and the network halves it "
             f"{levels} times: what comes up would not fit what went down",
+        )
+    patch = size_of(config, "patch_size")
+    if patch is not None and any(side % patch for side in sides):
+        raise SpecError(
+            "model", f"transformer/config.json: sample_size {size!r} is not a multiple of patch_size {patch}"
         )
     height, width = sides
     return channels, height, width

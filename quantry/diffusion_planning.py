@@ -12,13 +12,14 @@ from quantry.diffusion import PIPELINES, Component, PipelineFamily, pipeline_fam
 from quantry.diffusion_checks import (
     DIFFUSION_METHODS,
     check_groups,
+    check_guidance,
     check_network,
+    check_noise,
     check_recipe,
     group_of,
-    resolve_sampling,
-    scheduler_class,
 )
 from quantry.diffusion_layers import is_edge, is_time, latent_shape, positions, quantized_layers
+from quantry.diffusion_schedulers import resolve_sampling, scheduler_class
 from quantry.headers import TensorInfo
 from quantry.recipe import (
     AdaroundStep,
@@ -32,6 +33,7 @@ from quantry.sampling import Sampling
 EVALUATED = 64  # samples, where the request says nothing
 EDGE_BITS = 8
 _METRICS: tuple[Metric, ...] = ("latent_mse", "psnr", "ssim", "frechet")
+INSTALLED: tuple[Metric, ...] = ("lpips", "frechet_inception")  # by the operator of the worker
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,9 @@ def plan_diffusion(
     latent = latent_shape(denoiser.config)
     check_network(family, denoiser.config)
     sampling = resolve_sampling(spec, family, components["scheduler"].config)
+    scheduler = scheduler_class(sampling, components["scheduler"].config)
+    check_guidance(family, denoiser.config, sampling)
+    check_noise(spec, scheduler, sampling)
     group = group_of(spec, sampling, family)
     resolved = _resolve(spec, sampling, family)
     layers = quantized_layers(denoiser.tensors)
@@ -104,7 +109,7 @@ def plan_diffusion(
         sampling=sampling,
         format="quantry",
         family=family,
-        scheduler=scheduler_class(sampling, components["scheduler"].config),
+        scheduler=scheduler,
         layers=tuple(_layer_plans(denoiser.tensors, layers)),
         latent=latent,
         group=group,
@@ -153,9 +158,10 @@ def _evaluation(spec: JobSpec) -> Evaluation | None:
     if features is None and spec.model.id == "bundled/ddpm-tiny":
         features = ModelRef(source="bundled", id="bundled/vit-tiny")
     wanted = evaluation.metrics or tuple(m for m in _METRICS if m != "frechet" or features is not None)
-    unknown = next((metric for metric in wanted if metric not in _METRICS), None)
+    known = (*_METRICS, *INSTALLED)
+    unknown = next((metric for metric in wanted if metric not in known), None)
     if unknown:
-        raise SpecError("evaluation.metrics", f"samples have no {unknown}; choose of {', '.join(_METRICS)}")
+        raise SpecError("evaluation.metrics", f"samples have no {unknown}; choose of {', '.join(known)}")
     if "frechet" in wanted and features is None:
         raise SpecError(
             "evaluation.features",
@@ -164,7 +170,7 @@ def _evaluation(spec: JobSpec) -> Evaluation | None:
     if "fp" not in evaluation.baselines:
         raise SpecError("evaluation.baselines", "samples are compared with full precision's: add `fp`")
     samples = evaluation.samples or EVALUATED
-    if "frechet" in wanted and samples < 2:
+    if {"frechet", "frechet_inception"} & set(wanted) and samples < 2:
         raise SpecError("evaluation.samples", "a Frechet distance needs at least 2 samples of each side")
     return evaluation.model_copy(update={"features": features, "metrics": wanted, "samples": samples})
 

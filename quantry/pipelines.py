@@ -4,13 +4,16 @@ The folder is one of diffusers without the denoiser's weights file: they lie pac
 every quantizer's tables; quantization.json says what is where:
     format_version, component, layers {name: {bits, symmetric, scale_dtype, bias, split, group_size, rank}},
     activations {operand: description of its quantizer}, corrected (whether predictions are), sampling {scheduler,
-    steps, eta, timesteps, settings}, call (its arguments for one sample), producer, base_model, recipe.
+    steps, eta, timesteps, settings, noise where steps add less of it: kept, a and b of each, x' = a x + b output +
+    noise}, call (its arguments for one sample), producer, base_model, recipe.
 diffusers has no hook for a quantization of others, so `quantry.load(folder)` is the way in.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -31,7 +34,12 @@ from quantry.quantizers.steps import StepDependent
 
 TENSORS = "quantization.safetensors"
 FORMAT_VERSION = 1
-SETTINGS = ("num_train_timesteps", "prediction_type", "timestep_spacing", "clip_sample", "thresholding")
+SETTINGS = (
+    *("num_train_timesteps", "prediction_type", "timestep_spacing", "clip_sample", "thresholding"),
+    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "rescale_betas_zero_snr"),
+    *("set_alpha_to_one", "steps_offset", "variance_type"),
+    *("sigma_min", "sigma_max", "sigma_data", "rho"),
+)
 GAIN, SHIFT = "correction.gain", "correction.shift"  # (steps, C) float32
 _SCALE_DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
@@ -49,7 +57,7 @@ def load_pipeline(folder: Path) -> Any:
         folder, **{content["component"]: denoiser}, local_files_only=True, use_safetensors=True
     )
     correction = None if gain is None or shift is None else (gain, shift)
-    StepSelector(pipeline, denoiser, content["sampling"], correction).watch()
+    StepSelector(pipeline, denoiser, content["sampling"], content["call"], correction).watch()
     return pipeline
 
 
@@ -61,9 +69,12 @@ class StepSelector:
         pipeline: Any,
         denoiser: nn.Module,
         sampling: Mapping[str, Any],
+        call: Mapping[str, Any],
         correction: tuple[Tensor, Tensor] | None,
     ) -> None:
         self._pipeline, self._denoiser, self._sampling = pipeline, denoiser, sampling
+        given = ("num_inference_steps", "eta", "guidance_scale")
+        self._call = {name: call[name] for name in given if name in call}
         self._index = {time: index for index, time in enumerate(sampling["timesteps"])}
         self._tables = [module for module in denoiser.modules() if isinstance(module, StepDependent)]
         self._correction = correction
@@ -71,9 +82,28 @@ class StepSelector:
         self._step = 0
 
     def watch(self) -> None:
+        self._check_calls()
         self._denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
         if self._correction is not None:
             self._denoiser.register_forward_hook(self._after)
+
+    def _check_calls(self) -> None:
+        """Let the pipeline refuse another eta or guidance than the calibration's, which no forward shows."""
+        kind: Any = type(self._pipeline)
+        signature = inspect.signature(kind.__call__)
+        wanted = {"eta": 0.0, "guidance_rescale": 0.0, "guidance_scale": None, **self._call}
+
+        def call(pipeline: Any, *args: Any, **kwargs: Any) -> Any:
+            asked = signature.bind(pipeline, *args, **kwargs)
+            asked.apply_defaults()
+            for name in ("eta", "guidance_scale", "guidance_rescale"):
+                value = asked.arguments.get(name, wanted[name])
+                if value != wanted[name]:
+                    raise self._refusal(f"{name} {value} was asked for")
+            return kind.__call__(pipeline, *args, **kwargs)
+
+        names = {"__call__": functools.wraps(kind.__call__)(call), "__module__": kind.__module__}
+        self._pipeline.__class__ = type(kind.__name__, (kind,), names)
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._check(self._pipeline.scheduler)
@@ -108,13 +138,31 @@ class StepSelector:
                 raise self._refusal(f"its scheduler has {name} {scheduler.config.get(name)!r}")
         if [float(time) for time in times] != [float(time) for time in wanted["timesteps"]]:
             raise self._refusal("its scheduler has other timesteps")
+        if "noise" in wanted and "step" not in vars(scheduler):
+            self._quiet(scheduler)
         self._checked = scheduler, times
+
+    def _quiet(self, scheduler: Any) -> None:
+        """Let the scheduler add less noise: what the quantized denoiser adds itself stands for the rest."""
+        step, noise = scheduler.step, self._sampling["noise"]
+
+        @functools.wraps(step)
+        def quieter(output: Tensor, time: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+            whole = kwargs.pop("return_dict", True)
+            moved = step(output, time, sample, *args, **kwargs)
+            index = self._index[float(time)]
+            mean = noise["a"][index] * sample + noise["b"][index] * output
+            moved.prev_sample = mean + noise["kept"][index] * (moved.prev_sample - mean)
+            return moved if whole else moved.to_tuple()
+
+        scheduler.step = quieter
 
     def _refusal(self, seen: str) -> CheckpointError:
         wanted = self._sampling
+        call = ", ".join(f"{name}={value}" for name, value in self._call.items())
         return CheckpointError(
             f"this pipeline is quantized for {wanted['steps']} steps of {wanted['scheduler']} (eta {wanted['eta']:g}), "
-            f"and {seen}: pass num_inference_steps={wanted['steps']}, or quantize it again for other settings"
+            f"and {seen}: pass {call}, or quantize it again for other settings"
         )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quantry.base import Bits, Model, SpecError
 from quantry.training import FixedPointTrainingStep
@@ -261,6 +261,16 @@ class NoiseCorrectionStep(Model):
         description="ptqd: He et al. 2023, arXiv:2305.10657; tac: Yao et al. 2024, arXiv:2407.03917, its noise "
         "estimation reconstruction",
     )
+    absorb: bool = Field(
+        False,
+        description="ptqd, with a sampler that adds noise: it adds less by the variance of what the correction leaves",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.absorb and self.rule != "ptqd":
+            raise ValueError("`absorb` is a part of ptqd: leave it out, or set rule to `ptqd`")
+        return self
 
 
 WeightStep = RtnStep | GptqStep | AdaroundStep | SvdquantStep

@@ -130,7 +130,9 @@ class TrajectoryReport(Model):
 
     Means over the latent's elements and over `samples` seeds that calibration has not seen. single: one quantized
     step from a full-precision latent; accumulated: every step so far quantized. _rtn: round to nearest, None where it
-    was not asked for. pictures: the first samples of each network, as paths of PNG files in the artifact.
+    was not asked for. noise_kept: of each step, the part of the sampler's noise (its standard deviation) that is still
+    added where quantization's own noise takes the place of the rest. pictures: the first samples of each network, as
+    paths of PNG files in the artifact.
     """
 
     scheduler: str
@@ -141,6 +143,7 @@ class TrajectoryReport(Model):
     accumulated: tuple[float, ...]
     single_rtn: tuple[float, ...] | None = None
     accumulated_rtn: tuple[float, ...] | None = None
+    noise_kept: tuple[float, ...] | None = None
     groups: tuple[StepGroup, ...] = ()
     pictures: dict[str, str] = Field(default_factory=dict)
 

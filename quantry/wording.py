@@ -30,10 +30,12 @@ _METRICS = {
     "latent_mse": "squared error of the final latent",
     "psnr": "PSNR to full precision, dB",
     "ssim": "SSIM to full precision",
+    "lpips": "LPIPS to full precision",
     "frechet": "Frechet distance to full precision's samples",
+    "frechet_inception": "the same in Inception's features",
 }
 _HIGHER = (*_ACCURACIES, "psnr", "ssim")
-_SAMPLED = ("latent_mse", "psnr", "ssim", "frechet")
+_SAMPLED = ("latent_mse", "psnr", "ssim", "lpips", "frechet", "frechet_inception")
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from diffusers import (
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
+    LDMPipeline,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     UNet2DModel,
+    VQModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -58,6 +60,23 @@ def write_consistency(folder: Path, **unet: Any) -> Path:
     torch.manual_seed(0)
     network = UNet2DModel(**{**UNET, **unet})
     ConsistencyModelPipeline(network, CMStochasticIterativeScheduler()).save_pretrained(folder)
+    return folder
+
+
+def write_ldm(folder: Path, *, kl: bool = False, channels: int = 3) -> Path:
+    """An LDMPipeline on latents of 3 channels; its VQ-VAE, or `kl` its VAE, is made for `channels`."""
+    torch.manual_seed(0)
+    network = UNet2DModel(**{**UNET, "in_channels": 3, "out_channels": 3})
+    shape: dict[str, Any] = {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "latent_channels": channels,
+        "norm_num_groups": 4,
+    }
+    vae = AutoencoderKL(**shape) if kl else VQModel(**shape, num_vq_embeddings=16)
+    scheduler = DDIMScheduler(num_train_timesteps=100, clip_sample=False)
+    LDMPipeline(vae, network, scheduler).save_pretrained(folder)
     return folder
 
 

@@ -144,6 +144,7 @@ class Runner:
             offline=self.settings.offline,
             device=self.device if wanted == "auto" else wanted,
             threads=self.settings.threads,
+            inception_weights=self.settings.inception_weights,
         )
         workspace.cache.mkdir(parents=True, exist_ok=True)
         job = JobInput(job=claim.job_id, attempt=claim.epoch, spec=claim.spec, workspace=workspace)

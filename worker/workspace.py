@@ -18,7 +18,7 @@ class Workspace(Model):
     checkpoints: kept between the attempts of a job, so that a later attempt resumes. cache:
     content-addressed downloads, shared by all jobs. model_roots: the only folders that the `local` source
     may read. uploads: dataset id -> file. start: the artifact that training starts from. hub_url: the model hub
-    to ask, None for the public one.
+    to ask, None for the public one. inception_weights: a safetensors file that the operator has installed.
     """
 
     job: str | None = None
@@ -32,6 +32,7 @@ class Workspace(Model):
     offline: bool = False
     device: Literal["cpu", "cuda"] = "cpu"
     threads: int | None = None
+    inception_weights: Path | None = None
 
 
 class JobInput(Model):

@@ -49,6 +49,10 @@ class Settings(BaseSettings):
     )
     job_module: str = Field("worker.process", description="the module that a job process runs")
 
+    inception_weights: Path | None = Field(
+        None, description="safetensors file of Inception v3, for the metric `frechet_inception`"
+    )
+
     lease_s: float = Field(60, gt=0, description="a worker that is silent for so long has lost its job")
     heartbeat_s: float = Field(
         10, gt=0, description="how often a worker renews its lease and stores progress"

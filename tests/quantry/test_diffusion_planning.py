@@ -5,45 +5,21 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
+from planned_pipelines import FOLDER, ROUND, SHORT, W4A8, outside, planned
 
 from quantry.base import SpecError
 from quantry.bundled import bundled_model
 from quantry.contract import JobRequest
-from quantry.diffusion import Component, is_pipeline, pipeline_family_of, read_components
+from quantry.diffusion import is_pipeline, read_components
 from quantry.diffusion_costs import estimate_diffusion
 from quantry.diffusion_layers import positions, quantized_layers
-from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
+from quantry.diffusion_planning import plan_diffusion
 from quantry.headers import HeaderError, TensorInfo, read_header
 from quantry.planning import plan
 from quantry.vision_planning import plan_vision
-
-FOLDER = bundled_model("bundled/ddpm-tiny")
-SHORT = {"model": "bundled/ddpm-tiny", "bits": 4, "method": "accuquant"}
-ROUND = [{"method": "rtn", "bits": 4}]
-W4A8 = [*ROUND, {"method": "uniform", "bits": 8}]
-
-
-def outside(folder: Path = FOLDER) -> tuple[dict[str, Any], dict[str, Component]]:
-    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    index = json.loads((folder / "model_index.json").read_text())
-    return index, read_components(
-        index, names, lambda n: (folder / n).read_bytes(), lambda n: read_header(folder / n)
-    )
-
-
-def planned(body: dict[str, Any], **configs: dict[str, Any]) -> DiffusionPlan:
-    """The plan of a request. configs: changes of the components' configs."""
-    index, components = outside()
-    for name, changes in configs.items():
-        part = components[name]
-        components[name] = replace(part, config={**part.config, **changes})
-    request = body if "bits" in body else {"model": "bundled/ddpm-tiny", **body}
-    return plan_diffusion(JobRequest.model_validate(request).resolve(), index, components)
 
 
 def test_the_short_form_is_w4a8_by_accuquant() -> None:
@@ -65,6 +41,13 @@ def test_a_plan_that_is_stored_plans_to_itself() -> None:
     plan = planned(SHORT)
     index, components = outside()
     assert plan_diffusion(plan.spec, index, components).spec == plan.spec
+
+
+def test_measures_of_the_operator_are_taken_where_they_are_named() -> None:
+    metrics = ("lpips", "frechet_inception", "psnr")
+    evaluation = planned({"recipe": ROUND, "evaluation": {"metrics": metrics}}).spec.evaluation
+    assert evaluation is not None
+    assert evaluation.metrics == metrics
 
 
 def test_layers_bytes_and_bits_are_counted() -> None:
@@ -106,109 +89,6 @@ def test_a_layer_runs_at_the_places_of_its_level() -> None:
     assert positions("transformer_blocks.0.ff.net.2", {"patch_size": 2}, shape) == 64
 
 
-REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"recipe": [{"method": "gptq", "bits": 4}]}, "recipe.0", "Hessian"),
-    ({"recipe": [*ROUND, {"method": "smoothquant"}]}, "recipe.1", "does not work on diffusion"),
-    ({"recipe": [{"method": "rtn", "bits": 4, "group_size": 32}]}, "recipe.0.group_size", "one scale a row"),
-    ({"recipe": [{"method": "rtn", "bits": 4, "clip": "percentile"}]}, "recipe.0.clip", "none"),
-    ({"recipe": [*ROUND, {"method": "uniform", "bits": 8, "range": "percentile"}]}, "recipe.1.range", "mse"),
-    (
-        {"recipe": [*ROUND, {"method": "uniform", "bits": 8, "granularity": "token"}]},
-        "recipe.1.granularity",
-        "tensor",
-    ),
-    ({"recipe": [*W4A8, {"method": "accuquant", "group": 30}]}, "recipe.2.group", "trajectory has 20"),
-    (
-        {"recipe": [*W4A8, {"method": "accuquant", "per_group": False, "start": "progressive"}]},
-        "recipe.2.start",
-        "per_group",
-    ),
-    (
-        {"recipe": [*W4A8, {"method": "accuquant"}], "sampling": {"group": 4}},
-        "sampling.group",
-        "5 steps each",
-    ),
-    ({"recipe": W4A8, "sampling": {"group": 21}}, "sampling.group", "20 in all"),
-    ({"recipe": W4A8, "sampling": {"scheduler": "ddpm", "eta": 0.5}}, "sampling.eta", "its own noise"),
-    ({"recipe": W4A8, "sampling": {"guidance_scale": 3}}, "sampling.guidance_scale", "no guidance"),
-    ({"recipe": W4A8, "format": "gptq"}, "format", "weights only|no place"),
-    ({"recipe": W4A8, "compute_dtype": "bfloat16"}, "compute_dtype", "float32"),
-    ({"recipe": W4A8, "accept": {"accuracy_drop_max": 0.1}}, "accept.accuracy_drop_max", "no accuracy"),
-    ({"recipe": W4A8, "calibration": {"sequence_length": 64}}, "calibration.sequence_length", "tokens"),
-    (
-        {"recipe": W4A8, "calibration": {"dataset": {"source": "bundled", "id": "bundled/digits"}}},
-        "calibration.dataset",
-        "its own samples",
-    ),
-    ({"recipe": W4A8, "evaluation": {"metrics": ["perplexity"]}}, "evaluation.metrics", "no perplexity"),
-    ({"recipe": W4A8, "evaluation": {"baselines": ["rtn"]}}, "evaluation.baselines", "full precision"),
-    ({"recipe": W4A8, "evaluation": {"samples": 1}}, "evaluation.samples", "at least 2"),
-    (
-        {"recipe": [*ROUND, {"method": "bias_compensation", "granularity": "position_channel"}]},
-        "recipe.1.granularity",
-        "channel",
-    ),
-]
-
-
-@pytest.mark.parametrize(("body", "path", "reason"), REFUSED)
-def test_what_cannot_work_is_refused_with_its_field(body: dict[str, Any], path: str, reason: str) -> None:
-    with pytest.raises(SpecError, match=reason) as refused:
-        planned(body)
-    assert refused.value.path == path
-
-
-@pytest.mark.parametrize(
-    ("configs", "path", "reason"),
-    [
-        (
-            {"scheduler": {"_class_name": "PNDMScheduler"}},
-            "sampling.scheduler",
-            "PNDMScheduler has no linear step",
-        ),
-        ({"scheduler": {"clip_sample": True}}, "sampling.clip_sample", "clip_sample on"),
-        ({"scheduler": {"thresholding": True}}, "sampling.clip_sample", "thresholding on"),
-        ({"scheduler": {"num_train_timesteps": 10}}, "sampling.steps", "trained with 10"),
-        ({"unet": {"sample_size": 18}}, "model", "18 is not a multiple of 4"),
-        ({"unet": {"sample_size": None}}, "model", "sample_size None"),
-        ({"unet": {"out_channels": 2}}, "model", "predict a variance"),
-        ({"unet": {"num_class_embeds": 10}}, "model", "class-conditional"),
-        ({"unet": {"quantization_config": {"a": 1}}}, "model", "already quantized"),
-    ],
-)
-def test_what_a_pipeline_cannot_is_refused(configs: dict[str, Any], path: str, reason: str) -> None:
-    with pytest.raises(SpecError, match=reason) as refused:
-        planned({"recipe": W4A8}, **configs)
-    assert refused.value.path == path
-
-
-def test_clipping_is_left_out_where_the_request_says_so() -> None:
-    plan = planned({"recipe": W4A8, "sampling": {"clip_sample": False}}, scheduler={"clip_sample": True})
-    assert any("without clipping" in text for text in plan.warnings)
-    assert (
-        planned(
-            {"recipe": W4A8, "sampling": {"scheduler": "ddim"}}, scheduler={"_class_name": "PNDMScheduler"}
-        ).scheduler
-        == "DDIMScheduler"
-    )
-
-
-@pytest.mark.parametrize(
-    ("index", "reason"),
-    [
-        ({"_class_name": "FluxPipeline"}, "FluxPipeline.*supported: "),
-        ({"extra": ["diffusers", "UNet2DModel"]}, "component `extra`"),
-        ({"unet": ["mine", "UNet2DModel"]}, "takes `unet` from 'mine'"),
-        ({"unet": ["diffusers", "UNet2DConditionModel"]}, "must be a UNet2DModel"),
-        ({"scheduler": [None, None]}, "names no `scheduler`"),
-    ],
-)
-def test_other_pipelines_and_components_are_refused(index: dict[str, Any], reason: str) -> None:
-    known, _ = outside()
-    with pytest.raises(SpecError, match=reason):
-        pipeline_family_of({**known, **index})
-
-
 def test_pipelines_are_told_from_single_models() -> None:
     index, components = outside()
     assert is_pipeline(index)
@@ -241,6 +121,8 @@ def test_embeddings_are_kept() -> None:
         "norm.weight": TensorInfo("F32", (4,)),
     }
     assert list(quantized_layers(tensors)) == ["conv_in"]
+    with pytest.raises(SpecError, match="is empty: its shape"):
+        quantized_layers({"conv_in.weight": TensorInfo("F32", (0, 1, 3, 3))})
     with pytest.raises(SpecError, match="I8"):
         quantized_layers({"conv_in.weight": TensorInfo("I8", (4, 1, 3, 3))})
 

@@ -14,9 +14,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from quantry.diffusion_checks import NO_CLASS
+
 Seeds = Sequence[int]
 UNSEEN = 1 << 45  # seeds from here on are for evaluation
-NO_CLASS = 1000  # the label that DiT was trained to read as none
 
 
 class Predict(Protocol):

@@ -66,10 +66,14 @@ def fit_corrections(
     noise: SeededNoise,
     rule: Rule,
     *,
+    absorb: bool = False,
     batch: int = 64,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Correction]:
-    """A correction for each step, by `ptqd` or `tac`. tell: hears (done, total) steps. Raises NonFiniteError."""
+    """A correction for each step, by `ptqd` or `tac`. Raises NonFiniteError.
+
+    absorb: the steps that lead to the next one add as much less noise. tell: hears (done, total) steps.
+    """
     x = noise.start()
     found = []
     for index, step in enumerate(steps):
@@ -79,7 +83,8 @@ def fit_corrections(
         if not (torch.isfinite(output).all() and torch.isfinite(wanted).all()):
             raise NonFiniteError(f"step {index}: the network's output holds NaN or infinity")
         found.append(rule(output.double(), wanted.double()))
-        x = step.advance(x, _apply(found[-1], output), noise.at(step, index))
+        moving = absorb_noise([step], found[-1:])[0] if absorb else step
+        x = moving.advance(x, _apply(found[-1], output), noise.at(moving, index))
         tell(index + 1, len(steps))
     return found
 
@@ -116,7 +121,7 @@ def tac(output: Tensor, wanted: Tensor) -> Correction:
 def absorb_noise(steps: Sequence[Step], corrections: Sequence[Correction]) -> tuple[Step, ...]:
     """Steps that add less noise by what quantization adds: sigma'^2 = max(0, sigma^2 - (b noise)^2).
 
-    Deterministic steps stay as they are.
+    So the variance of a next latent is full precision's. Deterministic steps stay as they are. PTQD, section 3.4.
     """
     absorbed = []
     for step, correction in zip(steps, corrections, strict=True):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,7 @@ from worker.diffusion.prepare import DiffusionJob
 from worker.diffusion.quantize import QuantizedDenoiser
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.rounding import BATCH
-from worker.diffusion.steps import Denoiser
+from worker.diffusion.steps import Denoiser, Step
 from worker.diffusion.trajectory import Curves, Latents, error_curves, trajectory
 from worker.errors import NonFiniteError
 from worker.metrics.images import class_tokens, frechet_distance, psnr, ssim
@@ -24,6 +24,7 @@ from worker.metrics.layer_error import ErrorSum
 from worker.models.network import channels_last
 
 SHOWN = 16  # samples of a picture
+TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}  # of networks
 PROBED = 8  # samples that the errors of layers are measured on, at the first, middle and last step
 
 
@@ -39,16 +40,16 @@ class Evaluated:
 
 def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | None) -> Evaluated:
     """Sample from seeds that calibration has not seen. Raises NonFiniteError."""
-    networks: dict[str, Denoiser] = {"quantized": made.denoiser}
+    networks: dict[str, tuple[Denoiser, Sequence[Step]]] = {"quantized": (made.denoiser, made.quieter)}
     if nearest is not None:
-        networks["rtn"] = nearest
+        networks["rtn"] = (nearest, ())
     curves: dict[str, Curves] = {}
     samples: dict[str, Tensor] = {}
-    job.progress.stage(State.EVALUATING, "sampling", 0, len(networks))
-    for done, (name, denoiser) in enumerate(networks.items()):
+    for name, (denoiser, quieter) in networks.items():
+        job.progress.stage(State.EVALUATING, f"sampling: {TITLES[name]}")
         curves[name] = halving(
-            lambda batch, run=denoiser: error_curves(  # type: ignore[misc]
-                job.full, run, job.loaded.steps, job.evaluation(), batch=batch
+            lambda batch, run=denoiser, quieter=quieter: error_curves(  # type: ignore[misc]
+                job.full, run, job.loaded.steps, job.evaluation(), quieter=quieter, batch=batch, tell=job.tell
             ),
             BATCH,
             "evaluation",
@@ -57,9 +58,8 @@ def evaluate(job: DiffusionJob, made: QuantizedDenoiser, nearest: StepNetwork | 
         if not torch.isfinite(curves[name].final).all():
             raise NonFiniteError(f"the samples of the {name} network hold NaN or infinity")
         samples[name], samples["fp"] = curves[name].final, curves[name].reference
-        job.progress.advance(done + 1, len(networks))
+    job.progress.stage(State.EVALUATING, "comparing samples")
     images = {name: job.loaded.images(values) for name, values in samples.items()}
-    job.progress.advance(len(networks), len(networks), "comparing samples")
     return Evaluated(curves, images, _quality(job, samples, images), layer_reports(job, made, nearest))
 
 
@@ -84,8 +84,12 @@ def _quality(
             found = class_tokens(torch.cat(list(images.values())), job.features).chunk(len(images))
             tokens = dict(zip(images, found, strict=True))
             figures[metric] = {"fp": 0.0} | {n: frechet_distance(tokens[n], tokens["fp"]) for n in others}
+        else:
+            measure, _ = job.installed[metric]
+            figures[metric] = {"fp": 0.0} | {n: measure(images[n], reference) for n in others}
     where = {
-        "frechet": f"features of {evaluation.features.id} (last class token)" if evaluation.features else ""
+        "frechet": f"features of {evaluation.features.id} (last class token)" if evaluation.features else "",
+        **{metric: title for metric, (_, title) in job.installed.items()},
     }
     return tuple(
         QualityRow(
@@ -123,6 +127,7 @@ def trajectory_report(
         accumulated=_means(ours.accumulated),
         single_rtn=_means(nearest.single) if nearest else None,
         accumulated_rtn=_means(nearest.accumulated) if nearest else None,
+        noise_kept=made.noise_kept,
         groups=tuple(groups),
         pictures=pictures,
     )

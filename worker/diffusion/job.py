@@ -19,7 +19,7 @@ from quantry.jobs import State, Succeeded
 from quantry.pipelines import TENSORS
 from quantry.quantizers.steps import StepBias
 from quantry.reports import Manifest, Report, SizeReport
-from worker.diffusion.evaluate import SHOWN, Evaluated, evaluate, trajectory_report
+from worker.diffusion.evaluate import SHOWN, TITLES, Evaluated, evaluate, trajectory_report
 from worker.diffusion.prepare import DiffusionJob, prepare
 from worker.diffusion.quantize import QuantizedDenoiser, quantize, round_to_nearest
 from worker.diffusion.rounding import calibration_latents
@@ -37,7 +37,7 @@ from worker.workspace import Workspace
 
 REFERENCE = 2  # samples on which the written pipeline must agree
 COLUMNS = 4  # of a picture of samples
-TITLES = {"fp": "full precision", "rtn": "round to nearest", "quantized": "quantized"}
+PICTURE = 4  # channels at most that a picture can have
 
 
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded:
@@ -89,6 +89,7 @@ def _artifact(job: DiffusionJob, made: QuantizedDenoiser) -> Artifact:
         splits={layer.name: layer.split for layer in job.layers},
         scheduler=job.loaded.scheduler,
         steps=job.loaded.steps,
+        noise_kept=made.noise_kept,
         eta=job.plan.sampling.eta,
         call=_call(job),
         corrections=made.corrections,
@@ -117,7 +118,7 @@ def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
     inputs = job.loaded.predict.inputs(noise.seeds)
     corrections = padded_corrections(network, made.corrections)
     latents, outputs = [], []
-    for index, x, _ in trajectory(made.denoiser, steps, noise):
+    for index, x, _ in trajectory(made.denoiser, made.steps, noise):
         if index == len(steps):
             break
         made.network.tell(index)
@@ -141,6 +142,8 @@ def _call(job: DiffusionJob) -> dict[str, Any]:
         asked["eta"] = sampling.eta
     if sampling.guidance_scale is not None:
         asked["guidance_scale"] = sampling.guidance_scale
+    if family.decoder is None and job.plan.latent[0] > PICTURE:
+        asked["output_type"] = "np"
     return asked
 
 

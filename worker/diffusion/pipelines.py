@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +14,14 @@ import diffusers
 import torch
 from torch import Tensor
 
+from quantry.diffusion import INDEX, SCHEDULER_CONFIG, PipelineFamily, parts_of
 from quantry.diffusion_planning import DiffusionPlan
 from worker.diffusion.conditions import GuidedLabels, GuidedPrompts, Labelled, Predict, Unconditional
 from worker.diffusion.steps import Step, read_steps
-from worker.errors import ModelError, NonFiniteError
+from worker.errors import ModelError, NonFiniteError, QuantizationError
 
 DECODED = 4  # latents that are made images of at once
+_UNREAD = "safety_checker"  # it looks at images, which are looked at here by figures
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Loaded:
     """network: in float32, in evaluation, without gradients. scheduler: as it samples, never clipping.
 
     predict: what the pipeline does around the network. decoder: makes images of latents, None where they are images.
+    warnings: about the prompts.
     """
 
     network: Any
@@ -39,6 +45,7 @@ class Loaded:
     steps: tuple[Step, ...]
     predict: Predict
     decoder: Any
+    warnings: tuple[str, ...] = ()
 
     @torch.no_grad()
     def images(self, latents: Tensor) -> Tensor:
@@ -52,31 +59,26 @@ class Loaded:
 
 
 def load_pipeline(folder: Path, plan: DiffusionPlan, prompts: Prompts, device: torch.device) -> Loaded:
-    """Raises ModelError for weights that do not fit the config, NonFiniteError, RecipeError for the sampler."""
+    """Raises ModelError for parts that do not load or fit, NonFiniteError, RecipeError for the sampler."""
     family = plan.family
-    network = _network(folder / family.denoiser, family.architecture)
-    for name, value in network.named_parameters():
-        if not torch.isfinite(value).all():
-            raise NonFiniteError(
-                f"{family.denoiser}: {name} holds NaN or infinity: the checkpoint is damaged"
-            )
-    pipeline = _pipeline(folder, plan, network)
-    for module in pipeline.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.float()
-    scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config
-    )  # pipelines change their settings
+    networks = _networks(folder, family)
+    pipeline = _pipeline(folder, plan, networks)
+    network = networks[family.denoiser]
+    with refusing(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
+        scheduler = type(pipeline.scheduler).from_config(
+            pipeline.scheduler.config
+        )  # pipelines change settings
+        steps = read_steps(scheduler, plan.steps, eta=plan.sampling.eta)
     decoder = getattr(pipeline, family.decoder) if family.decoder else None
-    for module in (network, decoder):
-        if isinstance(module, torch.nn.Module):
-            torch.nn.Module.to(
-                module.eval().requires_grad_(False), device
-            )  # that of diffusers warns, even of nothing
+    for module in filter(None, (network, decoder)):
+        torch.nn.Module.to(module, device)  # that of diffusers warns, even of nothing
     predict = _predict(pipeline, plan, network, prompts)
-    return Loaded(
-        network, scheduler, read_steps(scheduler, plan.steps, eta=plan.sampling.eta), predict, decoder
-    )
+    loaded = Loaded(network, scheduler, steps, predict, decoder, tuple(_warnings(pipeline, prompts)))
+    with refusing(f"{family.decoder} does not decode latents of {plan.latent}"):
+        image = loaded.images(torch.zeros(1, *plan.latent, device=device))
+    if not torch.isfinite(image).all():
+        raise NonFiniteError(f"{family.decoder} makes NaN or infinity of a latent of zeros")
+    return loaded
 
 
 def make_scheduler(folder: Path, plan: DiffusionPlan) -> Any:
@@ -88,16 +90,23 @@ def make_scheduler(folder: Path, plan: DiffusionPlan) -> Any:
     return kind.from_config(config)
 
 
-def _pipeline(folder: Path, plan: DiffusionPlan, network: Any) -> Any:
-    """The pipeline around the network. Raises ModelError."""
+def _pipeline(folder: Path, plan: DiffusionPlan, networks: Mapping[str, Any]) -> Any:
+    """The pipeline around the networks. Raises ModelError."""
     kind = getattr(diffusers, plan.family.name)
-    parts = {plan.family.denoiser: network, "scheduler": make_scheduler(folder, plan)}
-    if "safety_checker" in plan.family.others:  # it looks at images, which are looked at here by figures
-        parts |= {"safety_checker": None, "requires_safety_checker": False}
-    try:
-        return kind.from_pretrained(folder, **parts, use_safetensors=True, local_files_only=True)
-    except (OSError, ValueError, RuntimeError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder.name} does not load: {str(error).splitlines()[0]}") from error
+    extra = {"requires_safety_checker": False} if _UNREAD in plan.family.others else {}
+    left_out = {_UNREAD: None} if _UNREAD in plan.family.others else {}
+    with refusing(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
+        scheduler = make_scheduler(folder, plan)
+    with refusing(f"{folder.name} does not load"):
+        return kind.from_pretrained(
+            folder,
+            **networks,
+            **left_out,
+            **extra,
+            scheduler=scheduler,
+            use_safetensors=True,
+            local_files_only=True,
+        )
 
 
 def _predict(pipeline: Any, plan: DiffusionPlan, network: Any, prompts: Prompts) -> Predict:
@@ -105,8 +114,9 @@ def _predict(pipeline: Any, plan: DiffusionPlan, network: Any, prompts: Prompts)
     if plan.family.conditions == "class":
         return GuidedLabels(_classes(network), scale)
     if plan.family.conditions == "text":
-        seen, nothing = _encoded(pipeline, prompts.calibration)
-        unseen, _ = _encoded(pipeline, prompts.evaluation or prompts.calibration)
+        with refusing("text_encoder does not read the prompts"):
+            seen, nothing = _encoded(pipeline, prompts.calibration)
+            unseen, _ = _encoded(pipeline, prompts.evaluation or prompts.calibration)
         return GuidedPrompts(seen, unseen, nothing, scale)
     classes = network.config.get("num_class_embeds")
     return Labelled(classes) if classes else Unconditional()
@@ -115,6 +125,14 @@ def _predict(pipeline: Any, plan: DiffusionPlan, network: Any, prompts: Prompts)
 def _classes(network: Any) -> int:
     """The labels that mean something; the table of embeddings holds one more, for none."""
     return int(network.config.num_embeds_ada_norm)
+
+
+def _warnings(pipeline: Any, prompts: Prompts) -> Iterator[str]:
+    everything = (*prompts.calibration, *prompts.evaluation)
+    limit = pipeline.tokenizer.model_max_length if everything else 0
+    cut = sum(len(pipeline.tokenizer(prompt).input_ids) > limit for prompt in everything)
+    if cut:
+        yield f"{cut} of {len(everything)} prompts are longer than {limit} tokens, and their ends are not read"
 
 
 @torch.no_grad()
@@ -128,21 +146,42 @@ def _encoded(pipeline: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     return torch.cat(found), nothing
 
 
-def _network(folder: Path, architecture: str) -> Any:
-    """The denoiser. Raises ModelError for tensors that are missing, left over or of another shape."""
-    kind = getattr(diffusers, architecture)
-    try:
-        network, info = kind.from_pretrained(
-            folder,
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError, TypeError) as error:
-        raise ModelError(f"{folder.name} does not load: {str(error).splitlines()[0]}") from error
-    for kind_of in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+def _networks(folder: Path, family: PipelineFamily) -> dict[str, Any]:
+    """Every component with weights, by name, in float32 and without gradients. Raises ModelError, NonFiniteError."""
+    index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+    found = {}
+    for part, (library, kind) in parts_of(index).items():
+        if part == _UNREAD or not any((folder / part).glob("*.safetensors*")):
+            continue
+        with refusing(f"{part} does not load"):
+            network = _network(folder / part, library, kind, strict=part == family.denoiser)
+        for name, value in network.state_dict().items():
+            if value.is_floating_point() and not torch.isfinite(value).all():
+                raise NonFiniteError(f"{part}: {name} holds NaN or infinity: the checkpoint is damaged")
+        found[part] = network
+    return found
+
+
+def _network(folder: Path, library: str, kind: str, *, strict: bool) -> Any:
+    """A component. Raises ModelError for tensors that are missing, of another shape or, if `strict`, left over."""
+    options = {"low_cpu_mem_usage": False} if library == "diffusers" else {}
+    network, info = getattr(importlib.import_module(library), kind).from_pretrained(
+        folder, use_safetensors=True, local_files_only=True, output_loading_info=True, **options
+    )
+    for kind_of in ("missing_keys", "mismatched_keys", *(("unexpected_keys",) if strict else ())):
         if info[kind_of]:
             names = sorted(map(str, info[kind_of]))
             raise ModelError(f"{folder.name}: {kind_of.replace('_', ' ')}, such as {names[0]}")
     return network.float().eval().requires_grad_(False)
+
+
+@contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Whatever diffusers or transformers raises for a file of the checkpoint, as a ModelError after `what`."""
+    try:
+        yield
+    except (QuantizationError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise ModelError(f"{what}: {said[0][:300]}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,18 +14,19 @@ import torch
 import quantry
 from quantry.base import SpecError
 from quantry.contract import DatasetRef, JobSpec
-from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
+from quantry.diffusion_planning import INSTALLED, DiffusionPlan, plan_diffusion
 from quantry.jobs import State
 from worker.calibration.pieces import PieceStore
 from worker.calibration.texts import load_text
 from worker.diffusion.conditions import UNSEEN
-from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline
+from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline, refusing
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.trajectory import SeededNoise
 from worker.diffusion.unet import UNetLayer, layers_of
-from worker.errors import DatasetError, ModelError, RecipeError
+from worker.errors import DatasetError, RecipeError
+from worker.metrics.perceptual import Measure, load_measure
 from worker.models.source import Role, read_pipeline, resolve
-from worker.prepare import device_of
+from worker.prepare import OVERLAP_ALLOWED, device_of
 from worker.progress import Progress
 from worker.workspace import Workspace
 
@@ -34,7 +35,10 @@ SEEDS = 1 << 13  # of calibration, for each seed of a job
 
 @dataclass
 class DiffusionJob:
-    """What every stage of a diffusion job looks at. warnings: grows while the job runs."""
+    """What every stage of a diffusion job looks at.
+
+    installed: measures of the operator's, and by what they measure, by metric. warnings: grows while the job runs.
+    """
 
     spec: JobSpec
     plan: DiffusionPlan
@@ -46,6 +50,7 @@ class DiffusionJob:
     fingerprint: str
     progress: Progress
     features: Path | None
+    installed: Mapping[str, tuple[Measure, str]]
     warnings: list[str] = field(default_factory=list)
 
     @cached_property
@@ -96,20 +101,48 @@ def prepare(spec: JobSpec, workspace: Workspace, progress: Progress) -> Diffusio
     store = PieceStore(workspace.checkpoints, fingerprint)
     layers = _layers(loaded, plan, device)
     job = DiffusionJob(
-        plan.spec, plan, folder, loaded, layers, device, store, fingerprint, progress, features
+        spec=plan.spec,
+        plan=plan,
+        folder=folder,
+        loaded=loaded,
+        layers=layers,
+        device=device,
+        store=store,
+        fingerprint=fingerprint,
+        progress=progress,
+        features=features,
+        installed=_installed(plan, loaded, workspace),
     )
-    for text in plan.warnings:
+    for text in (*plan.warnings, *loaded.warnings):
         job.warn(text)
     return job
 
 
+def _installed(plan: DiffusionPlan, loaded: Loaded, workspace: Workspace) -> dict[str, tuple[Measure, str]]:
+    """Raises RecipeError for what is asked for and not installed."""
+    metrics = (plan.spec.evaluation.metrics or ()) if plan.spec.evaluation else ()
+    wanted = [metric for metric in metrics if metric in INSTALLED]
+    if not wanted:
+        return {}
+    image = loaded.images(torch.zeros(1, *plan.latent, device=loaded.network.device))
+    return {metric: load_measure(metric, image, workspace.inception_weights) for metric in wanted}
+
+
 def _prompts(plan: DiffusionPlan, workspace: Workspace) -> Prompts:
-    """The lines of the texts that a text-to-image job names. Raises DatasetError for texts without any."""
+    """The lines of the texts that a text-to-image job names. Raises DatasetError for none, or the same in both."""
     if plan.family.conditions != "text":
         return Prompts()
     spec = plan.spec
     seen = _lines(spec.calibration.dataset, "calibration", workspace)
-    unseen = _lines(spec.evaluation.dataset, "evaluation", workspace) if spec.evaluation else []
+    if spec.evaluation is None:
+        return Prompts(seen)
+    unseen = _lines(spec.evaluation.dataset, "evaluation", workspace)
+    share = len(set(unseen) & set(seen)) / len(set(unseen))
+    if share > OVERLAP_ALLOWED and not spec.evaluation.allow_overlap:
+        raise DatasetError(
+            f"evaluation: {share:.1%} of the prompts also stand among the calibration's; evaluate on others, or set "
+            "evaluation.allow_overlap to accept figures that flatter the result"
+        )
     return Prompts(seen, unseen)
 
 
@@ -124,14 +157,10 @@ def _lines(ref: DatasetRef, role: Role, workspace: Workspace) -> list[str]:
 def _layers(loaded: Loaded, plan: DiffusionPlan, device: torch.device) -> tuple[UNetLayer, ...]:
     """The layers that run. Raises ModelError where latents of the config's size do not pass the network."""
     x = torch.zeros(1, *plan.latent, device=device)
-    try:
+    with refusing(f"latents of {plan.latent} do not pass the denoiser"):
         return layers_of(
             loaded.network, lambda: loaded.predict(loaded.network, x, loaded.steps[0].timestep, (0,))
         )
-    except (RuntimeError, ValueError) as error:
-        raise ModelError(
-            f"latents of {plan.latent} do not pass the denoiser: {str(error).splitlines()[0]}"
-        ) from error
 
 
 def _fingerprint(spec: JobSpec, folder: Path, prompts: Prompts, device: torch.device) -> str:

@@ -25,7 +25,7 @@ from quantry.recipe import (
 from quantry.reports import OperandReport
 from worker.diffusion.accuquant import AccuQuant, GroupResult, calibrate
 from worker.diffusion.compensation import compensate
-from worker.diffusion.correctors import RULES, Correction, corrected, fit_corrections
+from worker.diffusion.correctors import RULES, Correction, absorb_noise, corrected, fit_corrections
 from worker.diffusion.memory import halving
 from worker.diffusion.pieces import GroupPieces
 from worker.diffusion.prepare import DiffusionJob
@@ -42,6 +42,7 @@ from worker.diffusion.rounding import (
 )
 from worker.diffusion.softmax import correct_softmax
 from worker.diffusion.steps import Denoiser
+from worker.diffusion.steps import Step as SamplingStep
 from worker.diffusion.svdquant import LowRank
 from worker.diffusion.trajectory import boundaries
 from worker.diffusion.unet import UNetLayer, layer_bits
@@ -54,7 +55,8 @@ class QuantizedDenoiser:
     """What a recipe makes of the denoiser.
 
     network: weights and activations on their grids. weights, low_rank: by layer, each in one of them. groups: of
-    AccuQuant. corrections: of each step, or none. operands: what is reported of softmax.
+    AccuQuant. corrections: of each step, or none. quieter: the steps, where they add less noise than full precision's.
+    operands: what is reported of softmax.
     """
 
     network: StepNetwork
@@ -62,6 +64,7 @@ class QuantizedDenoiser:
     low_rank: dict[str, LowRank] = field(default_factory=dict)
     groups: list[GroupResult] = field(default_factory=list)
     corrections: list[Correction] = field(default_factory=list)
+    quieter: tuple[SamplingStep, ...] = ()
     operands: list[OperandReport] = field(default_factory=list)
 
     def bits(self, layer: str) -> int:
@@ -73,6 +76,19 @@ class QuantizedDenoiser:
     @property
     def denoiser(self) -> Denoiser:
         return corrected(self.network, self.corrections) if self.corrections else self.network
+
+    @property
+    def steps(self) -> tuple[SamplingStep, ...]:
+        """How the quantized denoiser is sampled from."""
+        return self.quieter or self.network.steps
+
+    @property
+    def noise_kept(self) -> tuple[float, ...] | None:
+        """The part of each step's noise that it still adds, None where that is all of it."""
+        if not self.quieter:
+            return None
+        pairs = zip(self.quieter, self.network.steps, strict=True)
+        return tuple(less.sigma / step.sigma if step.sigma else 1.0 for less, step in pairs)
 
     def freeze(self) -> None:
         """Give the network the quantizers that an artifact holds, so that what is measured is what is written."""
@@ -125,6 +141,7 @@ def _attach_ranges(
         bits=layer_bits(layers, step.bits, edge_bits(step)),
         steps_per_row=group,
         clip=clip,
+        tell=job.tell,
     )
     attach_quantizers(network.unet, quantizers)
 
@@ -198,6 +215,7 @@ def _noise_correction(
             job.loaded.steps,
             job.calibration(),
             RULES[step.rule],
+            absorb=step.absorb,
             batch=batch,
             tell=job.tell,
         ),
@@ -205,6 +223,14 @@ def _noise_correction(
         "fitting corrections",
         job.warn,
     )
+    if step.absorb:
+        made.quieter = absorb_noise(job.loaded.steps, made.corrections)
+        none_left = sum(kept == 0 for kept in made.noise_kept or ())
+        if none_left:
+            job.warn(
+                f"at {none_left} of {len(made.steps)} steps quantization adds more noise than the sampler would: these "
+                "add none, and samples are noisier than full precision's"
+            )
 
 
 def _softmax_bias(

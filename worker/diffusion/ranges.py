@@ -33,6 +33,7 @@ def fit_quantizers(
     bits: Mapping[str, int],
     steps_per_row: int,
     clip: Clip = "mse",
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, StepQuantizer]:
     """A quantizer for the input of each layer, from what the network computes on `latents`.
 
@@ -42,15 +43,20 @@ def fit_quantizers(
         steps_per_row: consecutive steps that share a grid; time layers have one a step, the first one for all.
         clip: cover all that was seen (`none`), or search the range of least squared error. Time layers and the
             first cover all and are not trained: a latent that is clipped drifts further at every step.
+        tell: hears (done, total) steps.
     Raises: NonFiniteError, naming the layer.
     """
     sites = [_Site(layer, len(network.steps), steps_per_row) for layer in layers]
-    _observe(network, sites, latents, _Site.see_range)
+    passes = 2 if clip == "mse" else 1
+    total = passes * len(network.steps)
+    _observe(network, sites, latents, _Site.see_range, lambda done: tell(done, total))
     for site in sites:
         site.check()
     searched = [site for site in sites if clip == "mse" and site.learned]
     if searched:
-        _observe(network, searched, latents, _Site.see_counts)
+        _observe(
+            network, searched, latents, _Site.see_counts, lambda done: tell(len(network.steps) + done, total)
+        )
     return {site.layer.name: site.quantizer(bits[site.layer.name]) for site in sites}
 
 
@@ -148,8 +154,9 @@ def _observe(
     sites: Sequence[_Site],
     latents: Source,
     see: Callable[[_Site, int, Tensor], None],
+    tell: Callable[[int], None],
 ) -> None:
-    """Run the network on all latents and show each site its layer's input."""
+    """Run the network on all latents and show each site its layer's input. tell: hears the steps that are done."""
     present = 0
 
     def show(site: _Site, x: Tensor) -> None:
@@ -161,3 +168,4 @@ def _observe(
         for present, x, seeds in latents():
             if present < len(network.steps):
                 network.of(seeds)(x, present)
+                tell(present + 1)

@@ -15,6 +15,7 @@ from typing import Any
 from diffusers import CMStochasticIterativeScheduler, DDIMScheduler, DDPMScheduler
 from torch import Tensor
 
+from quantry.diffusion_schedulers import PREDICTIONS, VARIANCES
 from worker.errors import ModelError, RecipeError
 
 # Maps a latent (batch, C, H, W) and the index of a step to the network's output, (batch, C, H, W).
@@ -102,12 +103,11 @@ def _refuse_nonlinear(scheduler: Any) -> None:
                 f"scheduler_config.json: {field} bends every step of {name}; set it to false "
                 "and check that the model still samples well"
             )
-    if config.prediction_type not in ("epsilon", "sample", "v_prediction"):
+    if config.prediction_type not in PREDICTIONS:
         raise ModelError(f"scheduler_config.json: prediction_type {config.prediction_type!r} is not known")
-    known = ("fixed_small", "fixed_small_log", "fixed_large")
-    if config.get("variance_type", "fixed_small") not in known:
+    if isinstance(scheduler, DDPMScheduler) and config.variance_type not in VARIANCES:
         raise ModelError(
-            f"scheduler_config.json: variance_type {config.variance_type!r} is not fixed; use one of {', '.join(known)}"
+            f"scheduler_config.json: variance_type {config.variance_type!r} is none of {', '.join(VARIANCES)}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -116,21 +116,33 @@ class Curves:
 
 @torch.no_grad()
 def error_curves(
-    full: Denoiser, quantized: Denoiser, steps: Sequence[Step], noise: SeededNoise, *, batch: int = 64
+    full: Denoiser,
+    quantized: Denoiser,
+    steps: Sequence[Step],
+    noise: SeededNoise,
+    *,
+    quieter: Sequence[Step] = (),
+    batch: int = 64,
+    tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> Curves:
-    """Both errors along the trajectories of all seeds. Use seeds that calibration has not seen."""
+    """Both errors along the trajectories of all seeds. Use seeds that calibration has not seen.
+
+    quieter: the steps of the quantized denoiser, where they are others. tell: hears (done, total) steps of batches.
+    """
     single, accumulated = [], []
     final, reference = [], []
+    total = len(steps) * -(-len(noise.seeds) // batch)
     for part in noise.batches(batch):
         x = drifted = part.start()
         f, q = bound(full, part), bound(quantized, part)
-        for index, step in enumerate(steps):
+        for index, (step, ours) in enumerate(zip(steps, quieter or steps, strict=True)):
             z = part.at(step, index)
-            once = step.advance(x, q(x, index), z)
-            drifted = step.advance(drifted, q(drifted, index), z)
+            once = ours.advance(x, q(x, index), z)
+            drifted = ours.advance(drifted, q(drifted, index), z)
             x = step.advance(x, f(x, index), z)
             single.append(_squared(once - x))
             accumulated.append(_squared(drifted - x))
+            tell(len(single), total)
         final.append(drifted)
         reference.append(x)
     return Curves(

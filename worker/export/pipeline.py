@@ -44,7 +44,7 @@ class Artifact:
     weights, low_rank: by layer.
 
     component: its name in the pipeline. scheduler: as it samples. call: how the pipeline is called for one sample.
-    corrections: of each step, or none.
+    noise_kept: the part of each step's noise that is still added, None for all. corrections: of each step, or none.
     """
 
     component: str
@@ -54,6 +54,7 @@ class Artifact:
     splits: Mapping[str, tuple[int, int] | None]
     scheduler: Any
     steps: Sequence[SamplingStep]
+    noise_kept: Sequence[float] | None
     eta: float
     call: Mapping[str, Any]
     corrections: Sequence[Correction]
@@ -140,6 +141,20 @@ def _small(value: Tensor) -> Tensor:
     return (half if exact else value).contiguous().cpu()
 
 
+def _noise(artifact: Artifact) -> dict[str, Any]:
+    """What a loader needs to leave out a part of each step's noise: the step without it, and the part that is kept."""
+    if artifact.noise_kept is None:
+        return {}
+    steps = artifact.steps
+    return {
+        "noise": {
+            "kept": list(artifact.noise_kept),
+            "a": [step.a for step in steps],
+            "b": [step.b for step in steps],
+        }
+    }
+
+
 def _quantizers(network: nn.Module) -> dict[str, ActivationQuantizer]:
     found = {}
     for name, quantizer in attached(network):
@@ -181,6 +196,7 @@ def _sidecar(artifact: Artifact) -> dict[str, Any]:
             "scheduler": type(scheduler).__name__,
             "steps": len(artifact.steps),
             "eta": artifact.eta,
+            **_noise(artifact),
             "timesteps": [step.timestep for step in artifact.steps],
             "settings": {key: scheduler.config[key] for key in SETTINGS if key in scheduler.config},
         },

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor
 
 from worker.diffusion.correctors import (
+    Correction,
     Rule,
     absorb_noise,
     corrected,
@@ -17,8 +19,8 @@ from worker.diffusion.correctors import (
     ptqd,
     tac,
 )
-from worker.diffusion.steps import read_steps
-from worker.diffusion.trajectory import SeededNoise, error_curves
+from worker.diffusion.steps import Step, read_steps
+from worker.diffusion.trajectory import SeededNoise, error_curves, trajectory
 from worker.errors import NonFiniteError
 
 SCHEDULER = DDIMScheduler(num_train_timesteps=100, clip_sample=False)
@@ -118,6 +120,40 @@ def test_noise_of_quantization_takes_the_place_of_noise() -> None:
         assert less.sigma**2 + added == pytest.approx(max(step.sigma**2, added))
     assert 0 < absorbed[0].sigma < steps[0].sigma
     assert absorb_noise(STEPS, found) == STEPS
+
+
+def test_variance_is_that_of_the_sampler_where_quantization_takes_a_part() -> None:
+    """Of sigma z + b e: closed form for e of unit variance, and where e is more than the sampler adds."""
+    steps = (Step(1.0, 0.5, -0.8, 1.0), Step(0.0, 0.5, -0.8, 0.5), Step(0.0, 1.0, -0.8, 0.0))
+    correction = Correction(torch.ones(1), torch.zeros(1), torch.tensor(1.0))
+    less = absorb_noise(steps, [correction] * 3)
+    assert less[0].sigma == pytest.approx(0.6)  # 1 - 0.8^2 = 0.6^2
+    assert less[1].sigma == less[2].sigma == 0
+    generator = torch.Generator().manual_seed(0)
+    x, e, z = (torch.randn(100_000, generator=generator) for _ in range(3))
+    for wanted, found in zip(steps[:1], less, strict=False):
+        noisy = found.advance(x, x + e, z)
+        assert float(noisy.var()) == pytest.approx(float(wanted.advance(x, x, z).var()), rel=0.02)
+
+
+def test_corrections_are_fitted_where_less_noise_leads() -> None:
+    steps = read_steps(SCHEDULER, 5, eta=1.0)
+    generator = torch.Generator().manual_seed(0)
+    seen: list[Tensor] = []
+
+    def noisy(x: Tensor, index: int) -> Tensor:
+        seen.append(x)
+        return full(x, index) + 0.1 * torch.randn(x.shape, generator=generator)
+
+    outputs = [fit_corrections(full, noisy, steps, NOISE, ptqd, absorb=absorb) for absorb in (False, True)]
+    assert torch.equal(outputs[0][0].gain, outputs[1][0].gain) is False  # other draws
+    whole, less = seen[1], seen[len(steps) + 1]
+    assert float(less.var()) < float(whole.var())
+    assert float(less.var()) == pytest.approx(float(reference(steps)[1].var()), rel=0.02)
+
+
+def reference(steps: Sequence[Step]) -> list[Tensor]:
+    return [latents.x for latents in trajectory(full, steps, NOISE)]
 
 
 def test_broken_outputs_are_refused() -> None:

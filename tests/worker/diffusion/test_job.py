@@ -171,6 +171,60 @@ def test_a_loaded_pipeline_takes_its_own_steps_and_no_others(finished: tuple[Wor
     pipeline.scheduler = type(kept).from_config(kept.config, timestep_spacing="trailing")
     with pytest.raises(ValueError, match="timestep_spacing"):
         pipeline(num_inference_steps=4)
+    pipeline.scheduler = type(kept).from_config(kept.config, beta_schedule="scaled_linear")
+    with pytest.raises(ValueError, match="beta_schedule 'scaled_linear'"):
+        pipeline(num_inference_steps=4)  # its timesteps are the same
+    pipeline.scheduler = kept
+    with pytest.raises(ValueError, match=r"eta 0.3 was asked for: pass num_inference_steps=4"):
+        pipeline(num_inference_steps=4, eta=0.3)
+
+
+@pytest.mark.parametrize(("scheduler", "eta"), [("ddim", 1.0), ("ddpm", 0.0)])
+def test_the_loaded_pipeline_adds_as_much_less_noise_as_the_worker(
+    scheduler: str, eta: float, workspace: Workspace
+) -> None:
+    """A step of the loaded pipeline is a x + b output + kept (what its scheduler adds)."""
+    pipelines.write_ddpm(workspace.model_roots[0] / "model")
+    recipe = [{"method": "rtn", "bits": 3}, {"method": "noise_correction", "absorb": True}]
+    sampling = {"steps": 4, "scheduler": scheduler, "eta": eta}
+    report = quantize(workspace, body(recipe, sampling=sampling)).report
+    assert report.trajectory is not None
+    kept = report.trajectory.noise_kept
+    assert kept is not None
+    assert min(kept) < 0.999
+    page = (workspace.artifact / "report.html").read_text()
+    assert "takes the place of some of the sampler" in page
+    noise = json.loads((workspace.artifact / "quantization.json").read_text())["sampling"]["noise"]
+    assert noise["kept"] == list(kept)
+    pipeline = quantry.load(workspace.artifact)
+    scheduler_ = pipeline.scheduler
+    stock = type(scheduler_).from_config(scheduler_.config)
+    for each in (scheduler_, stock):
+        each.set_timesteps(4)
+    x = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = {"eta": eta} if scheduler == "ddim" else {}
+    for index, time in enumerate(scheduler_.timesteps):
+        output = pipeline.unet(x, time).sample
+        mine, theirs = (
+            each.step(
+                output, time, x, **given, generator=torch.Generator().manual_seed(7), return_dict=False
+            )[0]
+            for each in (scheduler_, stock)
+        )
+        mean = noise["a"][index] * x + noise["b"][index] * output
+        torch.testing.assert_close(mine - mean, kept[index] * (theirs - mean), rtol=1e-3, atol=1e-5)
+        x = mine
+    samples = pipeline(num_inference_steps=4, **given, output_type="np").images
+    assert samples.shape == (1, 8, 8, 1)
+
+
+def test_latents_that_are_no_picture_are_quantized_and_sampled(workspace: Workspace) -> None:
+    """Five channels, wider than high: samples are arrays then."""
+    shape = {"in_channels": 5, "out_channels": 5, "sample_size": (8, 16)}
+    pipelines.write_ddim(workspace.model_roots[0] / "model", unet=shape)
+    quantize(workspace, body(RECIPES["rtn"]))
+    call = json.loads((workspace.artifact / "quantization.json").read_text())["call"]
+    assert quantry.load(workspace.artifact)(**call).images.shape == (1, 8, 16, 5)
 
 
 def test_a_pipeline_loads_packed_or_not_at_all(finished: tuple[Workspace, Succeeded]) -> None:
@@ -232,6 +286,8 @@ def test_a_job_that_died_goes_on_and_writes_the_same_bytes(
     [
         ({"recipe": [{"method": "gptq", "bits": 4}]}, "recipe.0: `gptq` needs the Hessian"),
         ({"sampling": {"steps": 4, "group": 9}}, "sampling.group"),
+        ({"evaluation": {"metrics": ["psnr", "lpips"]}}, "lpips needs 32 pixels a side, and samples are 8x8"),
+        ({"evaluation": {"metrics": ["frechet_inception"]}}, "frechet_inception needs"),
         ({"recipe": RECIPES["accuquant"], "sampling": {"steps": 1}}, r"recipe.2.group: 2 steps .* has 1"),
     ],
 )
@@ -241,6 +297,7 @@ def test_what_cannot_work_is_refused_with_its_field(
     pipelines.write_ddim(workspace.model_roots[0] / "model")
     with pytest.raises(RecipeError, match=message):
         quantize(workspace, body(**{"recipe": RECIPES["rtn"], **change}))
+    assert not workspace.artifact.exists()
 
 
 def _spoil(folder: Path, how: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import pipelines
 import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, DiTPipeline, StableDiffusionPipeline
+from safetensors.torch import load_file, save_file
 
+import quantry
 from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
 from quantry.layers.operands import attach
@@ -22,7 +25,7 @@ from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import read_steps
 from worker.diffusion.svdquant import fit_low_rank
 from worker.diffusion.trajectory import SeededNoise, sample
-from worker.errors import RecipeError
+from worker.errors import DatasetError, ModelError, NonFiniteError, QuantizationError, RecipeError
 from worker.methods.rtn import rtn
 from worker.pipeline import run
 from worker.progress import Progress
@@ -60,21 +63,122 @@ def quantize(tmp_path: Path, **changes: Any) -> Report:
     return outcome.report
 
 
+def prompts(**evaluation: Any) -> dict[str, Any]:
+    """Datasets of a job: the files seen.txt and unseen.txt."""
+    seen, unseen = ({"source": "local", "id": f"{role}.txt", "split": "all"} for role in ("seen", "unseen"))
+    return {
+        "calibration": {"samples": 3, "dataset": seen},
+        "evaluation": {"samples": 2, "dataset": unseen, **evaluation},
+    }
+
+
 def test_stable_diffusion_is_quantized_and_loads(tmp_path: Path) -> None:
     pipelines.write_stable_diffusion(tmp_path / "roots" / "model")
     for role in ("seen", "unseen"):
-        (tmp_path / "roots" / f"{role}.txt").write_text("a cat\na dog\n\na house\n")
-    datasets = {
-        "calibration": {"samples": 3, "dataset": {"source": "local", "id": "seen.txt", "split": "all"}},
-        "evaluation": {"samples": 2, "dataset": {"source": "local", "id": "unseen.txt", "split": "all"}},
-    }
-    report = quantize(tmp_path, **datasets)
+        (tmp_path / "roots" / f"{role}.txt").write_text(f"a cat\na dog\n\n{role} things of all kinds\n")
+    with pytest.raises(DatasetError, match=r"66.7% of the prompts also stand"):
+        quantize(tmp_path, **prompts())
+    report = quantize(tmp_path, **prompts(allow_overlap=True))
+    assert "2 of 6 prompts are longer than 8 tokens, and their ends are not read" in report.warnings
     assert {row.metric for row in report.quality} == {"latent_mse", "psnr", "ssim"}
     for part in ("vae", "text_encoder", "tokenizer"):
         assert any((tmp_path / "artifact" / part).iterdir())
     layers = {layer.name for layer in report.layers}
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k" in layers
     assert not any(name.startswith(("vae", "text_encoder")) for name in layers)
+
+
+@pytest.mark.parametrize("kl", [False, True])
+def test_latent_diffusion_is_quantized_and_samples_as_its_worker(kl: bool, tmp_path: Path) -> None:
+    pipelines.write_ldm(tmp_path / "roots" / "model", kl=kl)
+    report = quantize(tmp_path, sampling={"steps": 3, "eta": 0.5})
+    assert {row.metric for row in report.quality} == {"latent_mse", "psnr", "ssim"}
+    pipeline = quantry.load(tmp_path / "artifact")
+    assert type(pipeline).__name__ == "LDMPipeline"
+    pipeline.set_progress_bar_config(disable=True)
+    given = {"num_inference_steps": 3, "output_type": "np"}
+    drawn = []
+    for _ in range(2):
+        torch.manual_seed(1)  # an LDMPipeline hands its generator to the first latent alone
+        drawn.append(pipeline(**given, eta=0.5).images)
+    first, again = drawn
+    assert first.shape == (1, 16, 16, 3)
+    assert (first == again).all()
+    with pytest.raises(ValueError, match=r"eta 0.0 was asked for: pass num_inference_steps=3, eta=0.5"):
+        pipeline(**given)
+
+
+def _change(folder: Path, **changes: Any) -> None:
+    """Change settings of a component's config."""
+    file = next(folder.glob("*config.json"))
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def _change_tensor(file: Path, name: str, value: float | None) -> None:
+    """Fill a tensor with a value, or take it away."""
+    tensors = load_file(file)
+    if value is None:
+        del tensors[name]
+    else:
+        tensors[name] = torch.full_like(tensors[name], value)
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("how", "kind", "message"),
+    [
+        ("nan", NonFiniteError, "vqvae: decoder.conv_out.weight holds NaN"),
+        ("missing", ModelError, "vqvae: missing keys, such as decoder.conv_out.weight"),
+        ("channels", ModelError, r"vqvae does not decode latents of \(3, 8, 8\)"),
+        ("scaling", NonFiniteError, "vqvae makes NaN or infinity of a latent of zeros"),
+        ("class", ModelError, "vqvae"),
+        ("schedule", ModelError, "scheduler/scheduler_config.json cannot be used: odd is not implemented"),
+        ("betas", ModelError, "scheduler/scheduler_config.json cannot be used: index"),
+        ("groups", ModelError, "unet does not load"),
+    ],
+)
+def test_components_that_do_not_work_are_refused_before_the_work(
+    how: str, kind: type[QuantizationError], message: str, tmp_path: Path
+) -> None:
+    folder = pipelines.write_ldm(tmp_path / "roots" / "model", channels=4 if how == "channels" else 3)
+    weights = folder / "vqvae" / "diffusion_pytorch_model.safetensors"
+    if how in ("nan", "missing"):
+        _change_tensor(weights, "decoder.conv_out.weight", torch.nan if how == "nan" else None)
+    elif how == "scaling":
+        _change(folder / "vqvae", scaling_factor=0)
+    elif how == "class":
+        index = json.loads((folder / "model_index.json").read_text())
+        (folder / "model_index.json").write_text(json.dumps({**index, "vqvae": ["diffusers", "UNet2DModel"]}))
+    elif how == "groups":
+        _change(folder / "unet", norm_num_groups=0)
+    else:
+        change = {"schedule": {"beta_schedule": "odd"}, "betas": {"trained_betas": [0.1]}, "channels": {}}[
+            how
+        ]
+        _change(folder / "scheduler", **change)
+    with pytest.raises(kind, match=message):
+        quantize(tmp_path, recipe=RECIPE[:1])
+
+
+def test_a_text_encoder_without_its_weights_is_refused(tmp_path: Path) -> None:
+    """transformers would draw them at random."""
+    folder = pipelines.write_stable_diffusion(tmp_path / "roots" / "model")
+    weights = folder / "text_encoder" / "model.safetensors"
+    _change_tensor(weights, next(name for name in load_file(weights) if name.endswith("fc1.weight")), None)
+    for role in ("seen", "unseen"):
+        (tmp_path / "roots" / f"{role}.txt").write_text(role)
+    with pytest.raises(ModelError, match=r"text_encoder: missing keys, such as .*fc1.weight"):
+        quantize(tmp_path, **prompts())
+
+
+def test_a_loaded_pipeline_keeps_to_its_guidance(tmp_path: Path) -> None:
+    pipelines.write_dit(tmp_path / "roots" / "model")
+    quantize(tmp_path, recipe=RECIPE[:1], sampling={"steps": 2, "guidance_scale": 3}, evaluation=None)
+    pipeline = quantry.load(tmp_path / "artifact")
+    pipeline.set_progress_bar_config(disable=True)
+    with pytest.raises(ValueError, match=r"guidance_scale 4.0 was asked for: pass .*guidance_scale=3"):
+        pipeline([1], num_inference_steps=2)
+    assert len(pipeline([1], num_inference_steps=2, guidance_scale=3).images) == 1
 
 
 def test_a_consistency_model_is_quantized_for_its_one_step(tmp_path: Path) -> None:

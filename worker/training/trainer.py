@@ -229,5 +229,4 @@ def first_non_finite(network: nn.Module, pixels: Tensor) -> str | None:
 
 
 def _diverged(what: str, epoch: int, index: int) -> str:
-    kept = f"the checkpoint of epoch {epoch} is kept" if epoch else "no epoch was finished"
-    return f"step {index + 1} of epoch {epoch + 1}: {what}; lower learning_rate, or give more bits ({kept})"
+    return f"step {index + 1} of epoch {epoch + 1}: {what}; lower learning_rate, or give more bits"

@@ -139,7 +139,7 @@ class Succeeded(Model):
 
 
 class Rejected(Model):
-    """The artifact is whole, but missed the quality gate that the job set, or is of an epoch before training diverged."""
+    """The artifact is whole, but missed the gate that the job set, or is of an epoch before its training diverged."""
 
     outcome: Literal["rejected"] = "rejected"
     report: Report

@@ -61,6 +61,7 @@ class TrainingPlan:
     inactive: tuple[str, ...]
     parameters: int
     classes: int
+    channels: int
     pixels: int
     values: int
     operations: float
@@ -112,8 +113,8 @@ def plan_training(
         )
     _check(spec)
     architecture, layers, named, pixels = _network(config, tensors, checked=step.init != "random")
-    classes = class_count(config)
-    resolved = _resolve(spec, step, str(config["model_type"]), classes, int(config.get("num_channels", 3)))
+    classes, channels = class_count(config), int(config.get("num_channels", 3))
+    resolved = _resolve(spec, step, str(config["model_type"]), classes, channels)
     quantized = [layer for layer in layers if layer.reason is None]
     bits = sum(_numel(layer) * step.bits + 32 * layer.shape[0] for layer in quantized)
     weights = sum(map(_numel, quantized))
@@ -128,6 +129,7 @@ def plan_training(
         inactive=inactive,
         parameters=total,
         classes=classes,
+        channels=channels,
         pixels=pixels,
         values=sum(layer.outputs for layer in layers),
         operations=sum(2.0 * _numel(layer) * layer.outputs / layer.shape[0] for layer in layers),

@@ -240,7 +240,7 @@ def test_a_baseline_that_diverges_is_named(workspace: Workspace) -> None:
     request = training(workspace, step={"learning_rate": 100, "weight_decay": 1, "batch_size": 5})
     progress = Progress(io.StringIO())
     run = TrainingRun(prepare_training(request.resolve(), workspace, progress), workspace, progress)
-    with pytest.raises(TrainingDiverged, match="in full precision .*: step .* leaves it out"):
+    with pytest.raises(TrainingDiverged, match=r"in full precision .*: step .* leaves it out"):
         run.full_precision(1)
 
 

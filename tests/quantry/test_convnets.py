@@ -98,6 +98,7 @@ def test_every_family_is_planned_without_its_weights(name: str) -> None:
         ("mobilenet_v2", {"expand_ratio": -1}),
         ("mobilenet_v2", {"min_depth": None}),
         ("resnet", {"architectures": 5}),
+        ("cifar_resnet", {"num_labels": 0}),
         ("cifar_resnet", {"widths": []}),
         ("cifar_resnet", {"auto_map": {"AutoModel": "code.py"}}),
         ("cifar_resnet", {"architectures": ["CifarResNetModel"]}),

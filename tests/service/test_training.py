@@ -70,7 +70,7 @@ def test_a_job_that_diverges_offers_its_last_epoch_to_download_and_to_start_from
     done = server.await_state(diverging, "succeeded", "rejected", "failed", wait_s=PATIENCE_S)
     assert (done["state"], done["error"]["type"]) == ("rejected", "training-diverged"), done["error"]
     kept = len(server.epochs(diverging))
-    assert f"the files are of epoch {kept}," in done["error"]["detail"]
+    assert done["error"]["detail"].endswith(f"after epoch {kept}")
     report = server.call("GET", f"/v1/jobs/{diverging}/report")
     assert report["training"]["kept_epoch"] == kept
     files = {file["path"] for file in server.call("GET", f"/v1/jobs/{diverging}/files")["files"]}

@@ -66,7 +66,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         manifest = write_papers(workspace.artifact, report, source=job.folder, written=written)
     progress.advance(3, 3, "done")
     if training.diverged is not None:
-        detail = f"{training.diverged}; the files are of epoch {kept_epoch}, the last that was finished"
+        detail = f"{training.diverged}; the files are the network in fixed point after epoch {kept_epoch}"
         return Rejected(report=report, manifest=manifest, reason="training-diverged", detail=detail)
     missed = gate(spec, report.quality)
     if missed:
@@ -77,7 +77,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
 class TrainingRun:
     """The trainings of one job: in fixed point, and in full precision to compare with, one after the other.
 
-    diverged: what ended the training in fixed point after at least one good epoch.
+    diverged: what ended the training in fixed point after at least one epoch, or that in full precision.
     """
 
     def __init__(self, job: PreparedTraining, workspace: Workspace, progress: Progress) -> None:
@@ -97,22 +97,27 @@ class TrainingRun:
             take_ranges(network, packed)
         return self._train(self._trainer(network), "quantized", job.step.epochs)
 
-    def full_precision(self, epochs: int) -> Trainer:
-        """The same training without quantizers, for as many epochs. Raises TrainingDiverged."""
+    def full_precision(self, epochs: int) -> Trainer | None:
+        """The same training without quantizers, for as many epochs; None if it diverged."""
         network, _ = self._job.network()
         try:
             return self._train(self._trainer(network), "fp", epochs)[0]
         except TrainingDiverged as error:
-            raise TrainingDiverged(
+            self._diverged(
                 f"the training in full precision that the result is compared with: {error}; "
                 "`evaluation.baselines: []` leaves it out"
-            ) from error
+            )
+            return None
 
     def _trainer(self, network: object) -> Trainer:
         job = self._job
         return Trainer(
             network, job.step, job.spec.calibration.seed, job.device, lambda done: None, self._warn
         )
+
+    def _diverged(self, text: str) -> None:
+        self.diverged = text
+        self._warn(f"training diverged: {text}")
 
     def _warn(self, text: str) -> None:
         self._job.warnings.append(text)
@@ -135,8 +140,8 @@ class TrainingRun:
             except TrainingDiverged as error:
                 if not (quantizes and store.resume(trainer)):
                     raise
-                stopped = self.diverged = str(error)
-                self._warn(f"training diverged: {error}")
+                stopped = str(error)
+                self._diverged(stopped)
                 break
             best = _best_epoch(trainer.curve)
             if quantizes and best == len(trainer.curve):

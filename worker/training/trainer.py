@@ -74,6 +74,7 @@ class Trainer:
                 reached[name] = torch.maximum(reached[name], gradient.largest)
             self.tell(index + 1)
         self._check_reached(reached, number)
+        self._check_finite(number)
         mean = (total / count).tolist()
         loss, accuracy = (None, None) if held is None else self.judge(held)
         report = EpochReport(
@@ -159,6 +160,12 @@ class Trainer:
             self.warn(
                 f"epoch {epoch + 1}: no gradient reached {', '.join(dead)}; their weights and intervals stand still"
             )
+
+    def _check_finite(self, epoch: int) -> None:
+        """That the last step left numbers to go on with. Raises TrainingDiverged, naming the tensor."""
+        for name, value in self.network.state_dict().items():
+            if not bool(value.isfinite().all()):
+                raise TrainingDiverged(f"{name} is not finite after epoch {epoch + 1}; lower learning_rate")
 
     def _intervals(self) -> dict[str, dict[str, float]]:
         """Interval and errors of every layer, as EpochReport has them."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from quantry.contract import JobRequest
+from quantry.requests import JobRequest
 
 DEFAULTS: dict[str, str] = {
     "model": "bundled/opt-tiny",

@@ -15,8 +15,8 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.convnets import CONV_FAMILIES, conv_family_of, tensor_shapes
+from quantry.requests import JobRequest
 from quantry.training_planning import plan_training
 
 CASES: list[tuple[str, dict[str, Any], int]] = [

@@ -13,13 +13,13 @@ import pytest
 
 from quantry.base import SpecError
 from quantry.bundled import bundled_model
-from quantry.contract import JobRequest
 from quantry.diffusion import Component, is_pipeline, pipeline_family_of, read_components
 from quantry.diffusion_costs import estimate_diffusion
 from quantry.diffusion_layers import positions, quantized_layers
 from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
 from quantry.headers import HeaderError, TensorInfo, read_header
 from quantry.planning import plan
+from quantry.requests import JobRequest
 from quantry.vision_planning import plan_vision
 
 FOLDER = bundled_model("bundled/ddpm-tiny")

@@ -40,7 +40,7 @@ def int_product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _plain(codes: Tensor) -> Tensor:
-    """Of a matrix with one row or column a copy: torch takes its strides, which may be any, for those of a larger one."""
+    """A copy of a matrix with one row or column: torch trusts its strides, and there they may be anything."""
     return codes.clone(memory_format=torch.contiguous_format) if 1 in codes.shape else codes
 
 

@@ -12,10 +12,10 @@ import pytest
 from app.api.methods import METHODS
 from app.pages.forms import DEFAULTS, request_of
 from app.pages.rendering import fragment
-from quantry.contract import JobRequest
 from quantry.jobs import JobRead, State
 from quantry.recipe import RepqStep
 from quantry.reports import QualityRow
+from quantry.requests import JobRequest
 from tests.live_server import MODEL
 
 ROWS = (

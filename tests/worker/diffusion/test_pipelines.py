@@ -11,12 +11,12 @@ import pytest
 import torch
 from diffusers import CMStochasticIterativeScheduler, DiTPipeline, StableDiffusionPipeline
 
-from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import TokenQuantizer
 from quantry.recipe import RtnStep, SvdquantStep
 from quantry.reports import Report
+from quantry.requests import JobRequest
 from worker.diffusion.conditions import UNSEEN, GuidedLabels, GuidedPrompts
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import read_steps

@@ -29,9 +29,9 @@ from app.broker import find_server
 from app.shared import jobs, leases
 from app.shared.database import make_engine, make_sessions
 from app.shared.storage import Storage
-from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
 from quantry.reports import CostReport, FileEntry, Loader, Manifest, Report, SizeReport
+from quantry.requests import JobRequest
 
 FILE_BYTES = 1 << 30
 REQUEST = {"model": "bundled/opt-tiny", "bits": 4, "method": "gptq", "correction": "bias_compensation"}

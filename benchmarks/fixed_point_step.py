@@ -30,6 +30,7 @@ from worker.child import environment
 from worker.training.gradient import GradientQuantizer
 from worker.training.integer import int_product
 from worker.training.layers import fixed_point_layers, use_fixed_point
+from worker.training.trainer import place
 
 ROWS = ("full precision", "4/4/32", "4/4/4 min_max", "4/4/4 large_gradient")
 PRODUCTS = {  # rows, inner, columns of Y = X W^T
@@ -56,7 +57,8 @@ def measure(row: str, options: argparse.Namespace) -> dict[str, Any]:
     """Median seconds of a step, of the interval updates in it, and bytes at the peak."""
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
-    made = network(row).to(device)
+    made = network(row)
+    place(made, device)
     optimiser = torch.optim.SGD(made.parameters(), 1e-3, momentum=0.9)
     chance = torch.Generator().manual_seed(0)
     pixels = torch.randn(options.batch, 3, 32, 32, generator=chance).to(device)

@@ -26,7 +26,7 @@ from kept import Kept
 from transformers import AutoModelForImageClassification, ViTConfig
 
 from quantry.cifar_resnet import CifarResNetConfig
-from quantry.contract import JobRequest
+from quantry.requests import JobRequest
 from worker.metrics.quality import accuracy
 from worker.progress import Progress
 from worker.training.job import TrainingRun

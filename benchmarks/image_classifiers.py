@@ -28,8 +28,8 @@ from unittest import mock
 import torch
 from kept import Kept
 
-from quantry.contract import JobRequest
 from quantry.recipe import IgqStep
+from quantry.requests import JobRequest
 from worker.activations import ACTIVATION_STEPS, calibrate_activations
 from worker.calibration.store import BlockStore
 from worker.methods import igq

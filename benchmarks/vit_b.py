@@ -28,8 +28,8 @@ from image_classifiers import recipe
 from torch import Tensor
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
-from quantry.contract import JobRequest
 from quantry.recipe import RtnStep
+from quantry.requests import JobRequest
 from worker.activations import calibrate_activations
 from worker.calibration.store import BlockStore
 from worker.methods.ptq4vit_search import LinearRows, search_linear

@@ -162,29 +162,34 @@ def _mobilenet_v2(config: Config, size: Size) -> Iterator[TrainedLayer]:
         stride = 1 if reached == limit else stride  # dilated from there on
         reached *= stride
         place, width = f"{base}.layer.{index}", _scaled(config, channels)
-        inner = _divisible(round(inputs * float(config.get("expand_ratio", 6.0))), config)
+        inner = _divisible(round(inputs * _factor(config, "expand_ratio", 6.0)), config)
         yield _conv(f"{place}.expand_1x1", (inner, inputs, 1, 1), size)[0]
         layer, size = _conv(f"{place}.conv_3x3", (inner, 1, 3, 3), size, stride, DEPTHWISE)
         yield layer
         yield _conv(f"{place}.reduce_1x1", (width, inner, 1, 1), size)[0]
         inputs = width
-    fine = config.get("finegrained_output", True) and float(config.get("depth_multiplier", 1.0)) < 1
+    fine = config.get("finegrained_output", True) and _factor(config, "depth_multiplier", 1.0) < 1
     last = 1280 if fine else _scaled(config, 1280)
     yield _conv(f"{base}.conv_1x1", (last, inputs, 1, 1), size)[0]
     yield _head("classifier", config, last)
 
 
 def _scaled(config: Config, channels: int) -> int:
-    multiplier = config.get("depth_multiplier", 1.0)
-    if type(multiplier) not in (int, float) or not 0 < multiplier < 100:
-        raise SpecError("model", f"config.json: depth_multiplier is {multiplier!r}, not a positive number")
-    return _divisible(round(channels * multiplier), config)
+    return _divisible(round(channels * _factor(config, "depth_multiplier", 1.0)), config)
+
+
+def _factor(config: Config, key: str, default: float) -> float:
+    value = config.get(key, default)
+    if type(value) not in (int, float) or not 0 < value < 100:
+        raise SpecError("model", f"config.json: {key} is {value!r}, not a positive number below 100")
+    return float(value)
 
 
 def _divisible(channels: int, config: Config) -> int:
     """The nearest multiple of depth_divisible_by, at least min_depth and nine tenths of what was asked for."""
-    by, least = _size({"depth_divisible_by": 8, **config}, "depth_divisible_by"), config.get("min_depth", 8)
-    found = max(int(least), int(channels + by / 2) // by * by)
+    config = {"depth_divisible_by": 8, "min_depth": 8, **config}
+    by, least = _size(config, "depth_divisible_by"), _size(config, "min_depth")
+    found = max(least, int(channels + by / 2) // by * by)
     return found + by if found < 0.9 * channels else found
 
 
@@ -235,10 +240,10 @@ def conv_family_of(config: Config) -> ConvFamily:
     if "auto_map" in config:
         raise SpecError("model", "config.json names remote code (`auto_map`); it is refused")
     family = CONV_FAMILIES[str(config.get("model_type"))]
-    wanted = config.get("architectures")
-    if wanted and family.architecture not in wanted:
+    wanted = config.get("architectures") or [family.architecture]
+    if not isinstance(wanted, list) or family.architecture not in wanted:
         raise SpecError(
-            "model", f"a {wanted[0]} is not an image classifier; Quantry needs a {family.architecture}"
+            "model", f"a {wanted} is not an image classifier; Quantry needs a {family.architecture}"
         )
     return family
 

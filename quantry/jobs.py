@@ -139,11 +139,12 @@ class Succeeded(Model):
 
 
 class Rejected(Model):
-    """The artifact is whole, but it missed the quality gate that the job set."""
+    """The artifact is whole, but missed the gate that the job set, or is of an epoch before its training diverged."""
 
     outcome: Literal["rejected"] = "rejected"
     report: Report
     manifest: Manifest
+    reason: Literal["quality-gate", "training-diverged"] = "quality-gate"
     detail: str
 
 

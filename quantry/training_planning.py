@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from quantry.base import SpecError
@@ -35,6 +36,7 @@ from quantry.vision_layers import (
 from quantry.vision_layers import tensor_shapes as vision_shapes
 from quantry.vision_planning import resolve_images
 
+MAX_TENSORS = 20_000  # ResNet-152 has a thousand
 TRAINED_FAMILIES = (*VISION_FAMILIES, "resnet", "mobilenet_v2", "cifar_resnet")
 _RUNTIME_BYTES = 800 * 2**20
 _CPU_RATE = (5e9, 100e9)  # operations a second and thread, slow and fast
@@ -61,6 +63,7 @@ class TrainingPlan:
     inactive: tuple[str, ...]
     parameters: int
     classes: int
+    channels: int
     pixels: int
     values: int
     operations: float
@@ -112,8 +115,8 @@ def plan_training(
         )
     _check(spec)
     architecture, layers, named, pixels = _network(config, tensors, checked=step.init != "random")
-    classes = class_count(config)
-    resolved = _resolve(spec, step, str(config["model_type"]), classes, int(config.get("num_channels", 3)))
+    classes, channels = class_count(config), int(config.get("num_channels", 3))
+    resolved = _resolve(spec, step, str(config["model_type"]), classes, channels)
     quantized = [layer for layer in layers if layer.reason is None]
     bits = sum(_numel(layer) * step.bits + 32 * layer.shape[0] for layer in quantized)
     weights = sum(map(_numel, quantized))
@@ -128,6 +131,7 @@ def plan_training(
         inactive=inactive,
         parameters=total,
         classes=classes,
+        channels=channels,
         pixels=pixels,
         values=sum(layer.outputs for layer in layers),
         operations=sum(2.0 * _numel(layer) * layer.outputs / layer.shape[0] for layer in layers),
@@ -154,20 +158,31 @@ def _network(
     """Architecture, layers, size of each tensor by name, and the values of an image."""
     if is_vision(config):
         vision = vision_family_of(config)
-        shapes = dict(vision_shapes(vision, config))
+        shapes = _bounded(vision_shapes(vision, config))
         if checked:
             check_tensors(vision, config, tensors_in_memory(tensors))
         layers = tuple(_transformer_layers(vision.stem, shapes, token_count(vision, config)))
         pixels = pixel_count(vision, config)
         return vision.architecture, layers, {name: math.prod(shape) for name, shape in shapes.items()}, pixels
     family = conv_family_of(config)
-    shapes = dict(tensor_shapes(family, config))
+    shapes = _bounded(tensor_shapes(family, config))
     if checked:
         _check_tensors(family.architecture, shapes, tensors)
     size = image_size(family, config)
     pixels = int(config.get("num_channels", 3)) * size[0] * size[1]
     layers = tuple(family.layers(config, size))
     return family.architecture, layers, {name: math.prod(shape) for name, shape in shapes.items()}, pixels
+
+
+def _bounded(shapes: Iterable[tuple[str, tuple[int, ...]]]) -> dict[str, tuple[int, ...]]:
+    """All shapes of a network, of which config.json may claim any number. Raises SpecError."""
+    found = dict(islice(shapes, MAX_TENSORS + 1))
+    if len(found) > MAX_TENSORS:
+        raise SpecError(
+            "model",
+            f"config.json makes a network of more than {MAX_TENSORS:,} tensors: it has too many layers",
+        )
+    return found
 
 
 def _transformer_layers(

@@ -123,6 +123,11 @@ def class_count(config: Mapping[str, Any]) -> int:
         return size_of(config, "num_labels") or 2  # transformers' default
     if not isinstance(names, Mapping) or not names:
         raise SpecError("model", "config.json: id2label is not an object from class numbers to names")
+    if config.get("num_labels", len(names)) != len(names):
+        raise SpecError(
+            "model",
+            f"config.json: num_labels is {config['num_labels']!r}, but id2label names {len(names)} classes",
+        )
     return len(names)
 
 

@@ -27,7 +27,6 @@ from app.shared.database import make_engine, make_sessions
 from app.shared.leases import Claim, Step
 from app.shared.settings import Settings
 from app.shared.storage import Storage
-from quantry.contract import JobRequest
 from quantry.jobs import Failed, JobError, Progress, Rejected, State, Succeeded
 from quantry.reports import (
     BlockReport,
@@ -40,6 +39,7 @@ from quantry.reports import (
     Report,
     SizeReport,
 )
+from quantry.requests import JobRequest
 from worker.report import write_report
 
 MODEL = "local:tiny"

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from quantry.bundled import bundled_model
-from quantry.contract import JobRequest
 from quantry.diffusion import Component, read_components
 from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
 from quantry.headers import read_header
+from quantry.requests import JobRequest
 
 FOLDER = bundled_model("bundled/ddpm-tiny")
 SHORT = {"model": "bundled/ddpm-tiny", "bits": 4, "method": "accuquant"}

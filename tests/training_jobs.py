@@ -11,8 +11,8 @@ import factories
 import numpy as np
 
 import quantry
-from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
+from quantry.requests import JobRequest
 from worker.pipeline import run
 from worker.progress import Progress
 from worker.training.artifact import write_artifact

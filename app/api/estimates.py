@@ -5,8 +5,8 @@ from __future__ import annotations
 from app.api.deps import Reader, ServicesDep
 from app.api.router import Router
 from app.intake.preparing import prepare
-from quantry.contract import JobRequest
 from quantry.reports import Estimate
+from quantry.requests import JobRequest
 
 router = Router(prefix="/v1/estimates", tags=["jobs"])
 

@@ -18,8 +18,8 @@ from app.api.watch import look
 from app.intake.preparing import prepare
 from app.shared import jobs
 from app.shared.tables import Job
-from quantry.contract import JobRequest
 from quantry.jobs import JobPage, JobRead, State
+from quantry.requests import JobRequest
 
 router = Router(prefix="/v1/jobs", tags=["jobs"])
 

@@ -23,7 +23,7 @@ from quantry.labels import (
     parse_labels,
 )
 from quantry.npz import ImageArrays, Split, read_labels, read_layout
-from quantry.training import FixedPointTrainingStep
+from quantry.training_planning import TrainingPlan
 from quantry.vision_planning import VisionPlan
 
 SUFFIXES = (".npz", ".zip")  # uploaded files are kept as a stored zip
@@ -80,13 +80,7 @@ def read_images(ref: DatasetRef, role: Role, sources: Sources, *, labelled: bool
 def check_images(plan: VisionPlan, calibration: Images, evaluation: Images | None) -> None:
     """Refuse what a worker would: too few images, of other channels, labels beyond the head. Raises DatasetRefused."""
     samples, classes = plan.spec.calibration.samples, plan.classes
-    for role, images in (("calibration", calibration), ("evaluation", evaluation)):
-        found = images.counts.channels if images is not None and images.counts is not None else None
-        if images is not None and found not in (None, plan.channels, 1 if plan.channels == 3 else None):
-            raise DatasetRefused(
-                f"{role}.dataset.id",
-                f"{images.name} has {found} channels, the model takes {plan.channels}; give images of as many",
-            )
+    _check_channels(plan.channels, calibration, evaluation)
     if calibration.counts is not None and calibration.counts.images < samples:
         raise DatasetRefused(
             "calibration.samples",
@@ -97,10 +91,10 @@ def check_images(plan: VisionPlan, calibration: Images, evaluation: Images | Non
         _check_labels(evaluation, classes, "evaluation")
 
 
-def check_training_images(
-    step: FixedPointTrainingStep, classes: int, training: Images, evaluation: Images | None
-) -> None:
-    """Refuse what a worker would: too few images, labels that the head does not know. Raises DatasetRefused."""
+def check_training_images(plan: TrainingPlan, training: Images, evaluation: Images | None) -> None:
+    """Refuse what a worker would: too few images, of other channels, labels beyond the head. Raises DatasetRefused."""
+    step, classes = plan.step, plan.classes
+    _check_channels(plan.channels, training, evaluation)
     if training.counts is not None and step.samples is not None and training.counts.images < step.samples:
         raise DatasetRefused(
             "recipe.0.samples",
@@ -110,6 +104,17 @@ def check_training_images(
     _check_labels(training, classes, "calibration")
     if evaluation is not None:
         _check_labels(evaluation, classes, "evaluation")
+
+
+def _check_channels(channels: int, calibration: Images, evaluation: Images | None) -> None:
+    """That images have as many channels as the model; grey ones may be shown to a model of colour ones."""
+    for role, images in (("calibration", calibration), ("evaluation", evaluation)):
+        found = images.counts.channels if images is not None and images.counts is not None else None
+        if images is not None and found not in (None, channels, 1 if channels == 3 else None):
+            raise DatasetRefused(
+                f"{role}.dataset.id",
+                f"{images.name} has {found} channels, the model takes {channels}; give images of as many",
+            )
 
 
 def _check_labels(images: Images, classes: int, role: Role) -> None:

@@ -137,7 +137,7 @@ def _training(spec: JobSpec, outside: Outside, sources: Sources) -> Prepared:
     planned = plan_training(spec, outside.config, outside.tensors)
     check_start(planned.step, spec.model, sources)
     found, evaluation = _image_sets(planned.spec, sources, trained=True)
-    check_training_images(planned.step, planned.classes, found, evaluation)
+    check_training_images(planned, found, evaluation)
     pinned = _pinned(planned.spec, found.ref, evaluation.ref if evaluation else None)
     counts = [images.counts for images in (found, evaluation) if images and images.counts]
     return Prepared(

@@ -166,7 +166,7 @@ def _index(
         "wrong": wrong or [],
         "estimate": estimate,
         "models": sorted(BUNDLED_MODELS),
-        "methods": _choices("weights", "activations"),
+        "methods": _choices("weights", "activations", "training"),
         "corrections": [*_choices("correction"), ("", "none")],
         "datasets": [
             *((name, name) for name in sorted({*BUNDLED_TEXTS, *BUNDLED_IMAGES})),

@@ -39,6 +39,11 @@ LEASE = timedelta(seconds=60)
 MAX_ATTEMPTS = 3
 _HELD = (*RUNNING, State.CANCELLING)
 
+_REJECTED = {
+    "quality-gate": "The result missed its quality gate",
+    "training-diverged": "Training diverged; the result is of an epoch before",
+}
+
 
 class Signal(StrEnum):
     """What a worker has to do with the job it holds."""
@@ -260,10 +265,8 @@ def _ending(outcome: Outcome, artifact: str | None) -> tuple[State, dict[str, An
             values: dict[str, Any] = {"artifact": artifact, "quality": quality, "error": None}
             if isinstance(outcome, Succeeded):
                 return State.SUCCEEDED, values, None
-            gate = JobError(
-                type="quality-gate", title="The result missed its quality gate", detail=outcome.detail
-            )
-            return State.REJECTED, values | {"error": gate.model_dump(mode="json")}, outcome.detail
+            error = JobError(type=outcome.reason, title=_REJECTED[outcome.reason], detail=outcome.detail)
+            return State.REJECTED, values | {"error": error.model_dump(mode="json")}, outcome.detail
         case Failed(error=error):
             return State.FAILED, {"error": error.model_dump(mode="json")}, f"{error.type}: {error.detail}"
         case Cancelled():

@@ -14,7 +14,8 @@ from pydantic import ValidationError
 
 from quantry.cli.session import Session
 from quantry.client import InvalidRequest
-from quantry.contract import DatasetRef, JobRequest
+from quantry.contract import DatasetRef
+from quantry.requests import JobRequest
 from quantry.wording import contents_text
 
 _NAMED = ("bundled/", "local:", "hub:", "ds_")

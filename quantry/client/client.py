@@ -17,9 +17,10 @@ from quantry.client import following
 from quantry.client.connection import Connection, resolve_key, resolve_url
 from quantry.client.errors import InvalidRequest
 from quantry.client.following import job_path
-from quantry.contract import DatasetPage, DatasetRead, JobRequest, JobSpec, MethodInfo, MethodPage
+from quantry.contract import DatasetPage, DatasetRead, JobSpec, MethodInfo, MethodPage
 from quantry.jobs import Attempt, AttemptPage, Event, JobPage, JobRead
 from quantry.reports import Estimate, LayerReport, Manifest, Report
+from quantry.requests import JobRequest
 
 _LAYERS = TypeAdapter(tuple[LayerReport, ...])
 

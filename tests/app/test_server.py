@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session, sessionmaker
 
 from app.security import create_key
 from app.shared import jobs
-from quantry.contract import JobRequest
+from quantry.requests import JobRequest
 
 SCRIPT = """
 import socket, sys

@@ -15,7 +15,7 @@ from quantry.cli.options import Correction, Method
 from quantry.cli.request import Options, build_request
 from quantry.cli.session import Session
 from quantry.client import Client, InvalidRequest
-from quantry.contract import DatasetRead, JobRequest
+from quantry.contract import DatasetRead
 from quantry.jobs import JobRead, State
 from quantry.recipe import UniformStep
 from quantry.reports import (
@@ -27,6 +27,7 @@ from quantry.reports import (
     Report,
     SizeReport,
 )
+from quantry.requests import JobRequest
 
 TEXT = QualityRow(metric="perplexity", dataset="pydoc", samples=9, fp=14.0, rtn=19.0, quantized=15.0)
 IMAGES = (

@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from quantry.client import InvalidRequest, ProblemError
-from quantry.contract import JobRequest, Problem
+from quantry.contract import Problem
+from quantry.requests import JobRequest
 
 
 def test_a_single_wrong_field_is_said_once() -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from quantry.contract import DatasetRef, JobRequest, JobSpec
+from quantry.contract import DatasetRef, JobSpec
+from quantry.requests import JobRequest
 
 
 @pytest.mark.parametrize(

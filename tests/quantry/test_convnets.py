@@ -15,8 +15,8 @@ from transformers import AutoModelForImageClassification, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.convnets import CONV_FAMILIES, conv_family_of, tensor_shapes
+from quantry.requests import JobRequest
 from quantry.training_planning import plan_training
 
 CASES: list[tuple[str, dict[str, Any], int]] = [
@@ -94,6 +94,11 @@ def test_every_family_is_planned_without_its_weights(name: str) -> None:
         ("resnet", {"hidden_sizes": "many"}),
         ("resnet", {"layer_type": "wide"}),
         ("mobilenet_v2", {"depth_multiplier": -1}),
+        ("mobilenet_v2", {"expand_ratio": "six"}),
+        ("mobilenet_v2", {"expand_ratio": -1}),
+        ("mobilenet_v2", {"min_depth": None}),
+        ("resnet", {"architectures": 5}),
+        ("cifar_resnet", {"num_labels": 0}),
         ("cifar_resnet", {"widths": []}),
         ("cifar_resnet", {"auto_map": {"AutoModel": "code.py"}}),
         ("cifar_resnet", {"architectures": ["CifarResNetModel"]}),
@@ -103,6 +108,24 @@ def test_odd_configs_are_refused(name: str, changes: dict[str, Any]) -> None:
     _, config = config_of(name, {}, 32)
     with pytest.raises(SpecError, match="model"):
         list(tensor_shapes(conv_family_of({**config, **changes}), {**config, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("cifar_resnet", {"depths": [2**31 - 1, 1, 1]}),
+        ("resnet", {"depths": [1, 10**9, 1, 1]}),
+        ("vit", {"num_hidden_layers": 10**9}),
+    ],
+)
+def test_layers_without_end_are_refused_at_once(name: str, changes: dict[str, Any]) -> None:
+    """From random weights no checkpoint says how many layers there are."""
+    _, config = config_of(name, {}, 32)
+    step = {"method": "fixed_point_training", "bits": 4, "init": "random"}
+    images = {"dataset": {"source": "local", "id": "images.npz"}}
+    spec = JobRequest(model="local:x", recipe=[step], calibration=images, evaluation=images).resolve()  # type: ignore[arg-type]
+    with pytest.raises(SpecError, match="too many layers"):
+        plan_training(spec, {**config, "architectures": None, **changes}, {})
 
 
 @pytest.mark.parametrize(

@@ -12,13 +12,13 @@ from planned_pipelines import FOLDER, ROUND, SHORT, W4A8, outside, planned
 
 from quantry.base import SpecError
 from quantry.bundled import bundled_model
-from quantry.contract import JobRequest
 from quantry.diffusion import is_pipeline, read_components
 from quantry.diffusion_costs import estimate_diffusion
 from quantry.diffusion_layers import positions, quantized_layers
 from quantry.diffusion_planning import plan_diffusion
 from quantry.headers import HeaderError, TensorInfo, read_header
 from quantry.planning import plan
+from quantry.requests import JobRequest
 from quantry.vision_planning import plan_vision
 
 

@@ -8,9 +8,9 @@ import pytest
 from planned_pipelines import ROUND, W4A8, outside, planned
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.diffusion import Component, pipeline_family_of
 from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
+from quantry.requests import JobRequest
 
 
 def test_noise_is_absorbed_where_the_sampler_adds_some() -> None:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from quantry.contract import JobRequest
 from quantry.diffusion import PIPELINES
 from quantry.diffusion_checks import DIFFUSION_METHODS
+from quantry.requests import JobRequest
 from quantry.training import FixedPointTrainingStep, GradientGrid
 from quantry.training_planning import TRAINED_FAMILIES
 from quantry.vision import VISION_FAMILIES

@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.costs import estimate, peak_memory
 from quantry.families import FAMILIES
 from quantry.headers import TensorInfo
 from quantry.planning import Plan, plan
 from quantry.recipe import dividing_group_sizes
+from quantry.requests import JobRequest
 
 SIZES: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 64},

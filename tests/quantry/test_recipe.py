@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.families import FAMILIES
 from quantry.levels import check_levels, is_compensated
 from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep
+from quantry.requests import JobRequest
 
 
 @pytest.mark.parametrize("step", [{"method": "rtn"}, {"method": "gptq"}, {"method": "rtn", "clip": "none"}])

@@ -12,9 +12,9 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from quantry.base import SpecError
-from quantry.contract import JobRequest
 from quantry.headers import TensorInfo, read_header
 from quantry.reports import Estimate
+from quantry.requests import JobRequest
 from quantry.vision import VISION_FAMILIES, class_count
 from quantry.vision_costs import estimate_vision
 from quantry.vision_layers import tensor_shapes, tensors_in_memory

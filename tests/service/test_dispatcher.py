@@ -19,8 +19,8 @@ from app.shared.settings import Settings, get_settings
 from app.shared.storage import Storage
 from app.shared.tables import Outbox
 from app.supervisor import Child
-from quantry.contract import JobRequest
 from quantry.jobs import Cancelled, Failed, JobError, Succeeded
+from quantry.requests import JobRequest
 from tests.service.child_jobs import manifest, report
 
 OWNER = "owner"

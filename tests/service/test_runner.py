@@ -13,8 +13,9 @@ from sqlalchemy.orm import Session, sessionmaker
 from app.shared import jobs, leases
 from app.shared.settings import Settings
 from app.shared.storage import Storage
-from quantry.contract import JobRequest, Limits
+from quantry.contract import Limits
 from quantry.jobs import Event, JobRead, State
+from quantry.requests import JobRequest
 from tests.service.processes import await_gone, gone
 from worker.runner import Runner
 from worker.tasks import run_job

@@ -61,3 +61,19 @@ def test_a_job_trains_and_another_starts_from_it_and_is_cancelled(server: Traini
     server.await_state(second, "cancelled")
     kept = Path(server.data, "storage", "jobs", second)
     assert not list(kept.glob("attempt-*.part"))
+
+
+def test_a_job_that_diverges_offers_its_last_epoch_to_download_and_to_start_from(
+    server: TrainingServer,
+) -> None:
+    diverging = server.train(epochs=50, learning_rate=100, weight_decay=1)  # weights grow 99-fold a step
+    done = server.await_state(diverging, "succeeded", "rejected", "failed", wait_s=PATIENCE_S)
+    assert (done["state"], done["error"]["type"]) == ("rejected", "training-diverged"), done["error"]
+    kept = len(server.epochs(diverging))
+    assert done["error"]["detail"].endswith(f"after epoch {kept}")
+    report = server.call("GET", f"/v1/jobs/{diverging}/report")
+    assert report["training"]["kept_epoch"] == kept
+    files = {file["path"] for file in server.call("GET", f"/v1/jobs/{diverging}/files")["files"]}
+    assert "model.safetensors" in files
+    following = server.train(init=diverging)
+    server.call("POST", f"/v1/jobs/{following}/cancel")

@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantry.contract import JobRequest
 from quantry.families import FAMILIES
 from quantry.jobs import Rejected, Succeeded
 from quantry.reports import Manifest
+from quantry.requests import JobRequest
 from worker.errors import (
     DatasetError,
     DeviceError,

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantry.checkpoint import CheckpointError, load
-from quantry.contract import JobRequest
 from quantry.jobs import Rejected, Succeeded
+from quantry.requests import JobRequest
 from worker.activations import calibrate_activations
 from worker.errors import DatasetError, ModelError, NonFiniteError, RecipeError
 from worker.pipeline import run

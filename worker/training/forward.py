@@ -19,26 +19,27 @@ _HALF_NORMAL = math.sqrt(1 - 2 / math.pi)  # the deviation of |x| for x ~ N(0, 1
 
 
 class _LearnedRange(torch.autograd.Function):
-    """Saves x and r alone: the codes are made again in the backward pass."""
+    """Saves x, r and x_hat. The layer's product keeps x_hat, too, so that this costs no memory."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, limit: Tensor, bits: int, signed: bool) -> Tensor:
-        ctx.save_for_backward(x, limit)
-        ctx.bits, ctx.signed = bits, signed
-        return _rounded(x, limit, bits, signed)
+        scale = scale_of(limit, bits, signed=signed)
+        x_hat = nearest_codes(x, scale, bits, signed=signed).mul_(scale)
+        ctx.save_for_backward(x, limit, x_hat)
+        ctx.signed = signed
+        return x_hat
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        x, limit = ctx.saved_tensors
+        x, limit, x_hat = ctx.saved_tensors
         low = -limit if ctx.signed else torch.zeros_like(limit)
-        inside = (x >= low) & (x <= limit)
-        through = grad * inside
-        if not ctx.needs_input_grad[1]:
-            return through, None, None, None
-        # inside: (x_hat - x) / r; outside: 1, -1, or 0 below an unsigned grid
-        error = _rounded(x, limit, ctx.bits, ctx.signed).sub_(x * inside)
-        of_limit = (grad * error).sum() / limit
-        return through, of_limit, None, None
+        inside = x.clamp(low, limit).eq_(x)  # 1 or 0 in the dtype of x: products with bool are slower
+        of_limit = None
+        if ctx.needs_input_grad[1]:
+            # inside: (x_hat - x) / r; outside: 1, -1, or 0 below an unsigned grid
+            error = torch.addcmul(x_hat, x, inside, value=-1)
+            of_limit = error.mul_(grad).sum() / limit
+        return inside.mul_(grad), of_limit, None, None
 
 
 def fake_quantize(x: Tensor, limit: Tensor, bits: int, *, signed: bool) -> Tensor:
@@ -55,8 +56,3 @@ def initial_range(x: Tensor, *, signed: bool) -> Tensor:
     """Three standard deviations of x; of what x >= 0 is half of, where the grid is unsigned. 1 if x is constant."""
     deviation = x.detach().float().std(correction=0) / (1.0 if signed else _HALF_NORMAL)
     return torch.where(deviation > 0, 3 * deviation, torch.ones_like(deviation))
-
-
-def _rounded(x: Tensor, limit: Tensor, bits: int, signed: bool) -> Tensor:
-    scale = scale_of(limit, bits, signed=signed)
-    return nearest_codes(x, scale, bits, signed=signed).mul_(scale)

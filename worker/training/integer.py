@@ -31,12 +31,17 @@ class Geometry:
 def int_product(a: Tensor, b: Tensor) -> Tensor:
     """a (m, k) times b (k, n), both int8: int32. Pads to what a GPU's tensor cores take."""
     if a.device.type != "cuda":
-        return torch._int_mm(a, b)
+        return torch._int_mm(_plain(a), _plain(b))
     m, n = a.shape[0], b.shape[1]
     rows = max(32, m + -m % 8) - m
     inner = -a.shape[1] % 8
     product = torch._int_mm(pad(a, (0, inner, 0, rows)), pad(b, (0, -n % 8, 0, inner)))
     return product[:m, :n]
+
+
+def _plain(codes: Tensor) -> Tensor:
+    """A copy of a matrix with one row or column: torch trusts its strides, and there they may be anything."""
+    return codes.clone(memory_format=torch.contiguous_format) if 1 in codes.shape else codes
 
 
 def to_codes(x_hat: Tensor, scale: Tensor, offset: int = 0) -> Tensor:

@@ -12,6 +12,7 @@ from quantry.contract import JobSpec
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.reports import EpochReport, QualityRow, Report
 from quantry.training_planning import estimate_training
+from worker.errors import TrainingDiverged
 from worker.metrics.quality import classifier_figures
 from worker.outcome import clock, cost, environment, gate, whole_or_gone, write_papers
 from worker.progress import Progress
@@ -34,7 +35,9 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
     before = clock()
     trainer, kept_epoch, stopped = training.quantized()
     own = (clock()[0] - before[0], clock()[1] - before[1])
-    baseline = training.full_precision(len(trainer.curve)) if training.compares else None
+    baseline = None
+    if training.compares and training.diverged is None:
+        baseline = training.full_precision(len(trainer.curve))
     quality = _evaluate(job, trainer, baseline, progress)
     progress.stage(State.PACKAGING, "writing the checkpoint", 0, 3)
     with whole_or_gone(workspace.artifact):
@@ -62,6 +65,9 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
         )
         manifest = write_papers(workspace.artifact, report, source=job.folder, written=written)
     progress.advance(3, 3, "done")
+    if training.diverged is not None:
+        detail = f"{training.diverged}; the files are the network in fixed point after epoch {kept_epoch}"
+        return Rejected(report=report, manifest=manifest, reason="training-diverged", detail=detail)
     missed = gate(spec, report.quality)
     if missed:
         return Rejected(report=report, manifest=manifest, detail=missed)
@@ -69,7 +75,10 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
 
 
 class TrainingRun:
-    """The trainings of one job: in fixed point, and in full precision to compare with, one after the other."""
+    """The trainings of one job: in fixed point, and in full precision to compare with, one after the other.
+
+    diverged: what ended the training in fixed point after at least one epoch, or that in full precision.
+    """
 
     def __init__(self, job: PreparedTraining, workspace: Workspace, progress: Progress) -> None:
         self._job, self._workspace, self._progress = job, workspace, progress
@@ -77,6 +86,7 @@ class TrainingRun:
         self.compares = evaluation is not None and "fp" in evaluation.baselines
         self._steps = batch_count(len(job.images), job.step.batch_size)
         self._total = self._steps * job.step.epochs * (1 + self.compares)
+        self.diverged: str | None = None
 
     def quantized(self) -> tuple[Trainer, int, str | None]:
         """The network trained in fixed point, the epoch it is of, and why it stopped early, if it did."""
@@ -87,16 +97,27 @@ class TrainingRun:
             take_ranges(network, packed)
         return self._train(self._trainer(network), "quantized", job.step.epochs)
 
-    def full_precision(self, epochs: int) -> Trainer:
-        """The same training without quantizers, for as many epochs."""
+    def full_precision(self, epochs: int) -> Trainer | None:
+        """The same training without quantizers, for as many epochs; None if it diverged."""
         network, _ = self._job.network()
-        return self._train(self._trainer(network), "fp", epochs)[0]
+        try:
+            return self._train(self._trainer(network), "fp", epochs)[0]
+        except TrainingDiverged as error:
+            self._diverged(
+                f"the training in full precision that the result is compared with: {error}; "
+                "`evaluation.baselines: []` leaves it out"
+            )
+            return None
 
     def _trainer(self, network: object) -> Trainer:
         job = self._job
         return Trainer(
             network, job.step, job.spec.calibration.seed, job.device, lambda done: None, self._warn
         )
+
+    def _diverged(self, text: str) -> None:
+        self.diverged = text
+        self._warn(f"training diverged: {text}")
 
     def _warn(self, text: str) -> None:
         self._job.warnings.append(text)
@@ -114,14 +135,21 @@ class TrainingRun:
             if stopped:
                 break
             trainer.tell = self._teller(trainer, quantizes)
-            report = trainer.epoch(job.images, job.held)
+            try:
+                report = trainer.epoch(job.images, job.held)
+            except TrainingDiverged as error:
+                if not (quantizes and store.resume(trainer)):
+                    raise
+                stopped = str(error)
+                self._diverged(stopped)
+                break
             best = _best_epoch(trainer.curve)
             if quantizes and best == len(trainer.curve):
                 store.keep_best(trainer)
             store.save(trainer)
             self._progress.event("epoch", {"network": name, **report.model_dump(mode="json")})
         if job.step.patience is None or not quantizes:
-            return trainer, len(trainer.curve), None
+            return trainer, len(trainer.curve), stopped
         store.take_best(trainer)
         return trainer, best, stopped
 

@@ -16,7 +16,6 @@ from app.security import Scope, create_key
 from app.shared import jobs, leases
 from app.shared.leases import Claim
 from app.shared.storage import Storage
-from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
 from quantry.reports import (
     CostReport,
@@ -28,6 +27,7 @@ from quantry.reports import (
     Report,
     SizeReport,
 )
+from quantry.requests import JobRequest
 
 HIDDEN, LAYERS, VOCABULARY, CONTEXT = 32, 2, 64, 64
 REQUEST: dict[str, Any] = {

@@ -150,6 +150,15 @@ def test_labels_to_train_on_must_be_there_and_fit_the_head(client: TestClient, r
     assert estimate(client, body)["spec"]["calibration"]["dataset"]["id"] == good["id"]
 
 
+def test_images_have_the_channels_of_the_network(client: TestClient, root: Path) -> None:
+    factories.write_convnet(root / "grey", "cifar_resnet", num_channels=1)
+    said = refused(client, request(model="grey"), "calibration.dataset.id")
+    assert "has 3 channels, the model takes 1" in said
+    np.savez(root / "images.npz", images=WHOLE["images"][..., :1], labels=WHOLE["labels"])
+    estimate(client, request(model="grey"))
+    estimate(client, request())  # a network of colour images sees grey ones
+
+
 def test_a_checkpoint_that_is_another_network_is_refused(client: TestClient, root: Path) -> None:
     factories.edit_json(root / "resnet" / "config.json", widths=[8, 32])
     said = refused(client, request(), "model", "invalid-request")

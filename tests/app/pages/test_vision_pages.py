@@ -12,10 +12,10 @@ import pytest
 from app.api.methods import METHODS
 from app.pages.forms import DEFAULTS, request_of
 from app.pages.rendering import fragment
-from quantry.contract import JobRequest
 from quantry.jobs import JobRead, State
 from quantry.recipe import RepqStep
 from quantry.reports import QualityRow
+from quantry.requests import JobRequest
 from tests.live_server import MODEL
 
 ROWS = (
@@ -68,8 +68,8 @@ def test_the_list_names_the_metric(job: JobRead) -> None:
 def test_the_form_offers_what_the_catalog_has(user: httpx2.Client) -> None:
     page = user.get("/").text
     offered = set(re.findall(r'<option value="(\w+)"', page))
-    assert {info.method for info in METHODS.items if info.role != "training"} <= offered
-    assert "fixed_point_training" not in offered  # its options have no field here
+    assert {info.method for info in METHODS.items} <= offered
+    assert "fixed-point training (image classifiers)" in page
     assert "RepQ-ViT (image classifiers)" in page
     assert '<option value="gptq" selected>GPTQ</option>' in page
     assert '<option value="bundled/digits">' in page

@@ -18,8 +18,9 @@ from app.shared.errors import (
     JobNotRetryable,
     QueueFull,
 )
-from quantry.contract import JobRequest, JobSpec
+from quantry.contract import JobSpec
 from quantry.jobs import Failed, JobError, State
+from quantry.requests import JobRequest
 
 OWNER = "owner"
 

@@ -13,8 +13,9 @@ from app.shared import jobs, leases
 from app.shared.errors import ForbiddenMove
 from app.shared.leases import Claim, Signal, Step
 from app.shared.tables import Job, Outbox
-from quantry.contract import JobRequest, Limits
+from quantry.contract import Limits
 from quantry.jobs import Cancelled, Failed, JobError, Progress, State
+from quantry.requests import JobRequest
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 OWNER = "owner"

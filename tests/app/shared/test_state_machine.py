@@ -32,7 +32,7 @@ from app.shared.database import make_sessions
 from app.shared.errors import ForbiddenMove, IdempotencyConflict, JobFinished, JobNotRetryable
 from app.shared.leases import Claim, Signal, Step
 from app.shared.tables import Base, Job, JobAttempt, JobEvent, Outbox
-from quantry.contract import JobRequest, JobSpec, Limits
+from quantry.contract import JobSpec, Limits
 from quantry.jobs import (
     FINISHED,
     MOVES,
@@ -47,6 +47,7 @@ from quantry.jobs import (
     Succeeded,
 )
 from quantry.reports import CostReport, Loader, Manifest, Report, SizeReport
+from quantry.requests import JobRequest
 
 OWNER = "owner"
 LEASE = timedelta(seconds=60)

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantry
-from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
+from quantry.requests import JobRequest
 from worker.errors import ModelError, NonFiniteError, QuantizationError, RecipeError
 from worker.pipeline import run
 from worker.progress import Progress

@@ -14,12 +14,12 @@ from diffusers import CMStochasticIterativeScheduler, DiTPipeline, StableDiffusi
 from safetensors.torch import load_file, save_file
 
 import quantry
-from quantry.contract import JobRequest
 from quantry.jobs import Succeeded
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import TokenQuantizer
 from quantry.recipe import RtnStep, SvdquantStep
 from quantry.reports import Report
+from quantry.requests import JobRequest
 from worker.diffusion.conditions import UNSEEN, GuidedLabels, GuidedPrompts
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.steps import read_steps

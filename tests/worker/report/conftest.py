@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from quantry.contract import JobRequest
 from quantry.reports import (
     BitOperations,
     BlockReport,
@@ -15,6 +14,7 @@ from quantry.reports import (
     Report,
     SizeReport,
 )
+from quantry.requests import JobRequest
 
 LINEARS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.out_proj", "fc1", "fc2")
 

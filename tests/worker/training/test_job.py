@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from factories import write_processor
 from training_jobs import artifact, train, trained, training
 
 import quantry
-from quantry.jobs import Succeeded
+from quantry.jobs import Rejected, Succeeded
 from worker.errors import DatasetError, ModelError, RecipeError, TrainingDiverged
 from worker.progress import Progress
 from worker.training.job import TrainingRun
@@ -214,13 +215,54 @@ def test_patience_ends_training_and_keeps_the_best_epoch(workspace: Workspace) -
     assert (len(job.images), len(job.held)) == (144, 36)
 
 
+def test_a_training_that_diverges_gives_the_last_good_epoch(workspace: Workspace) -> None:
+    explosive = {"learning_rate": 100, "weight_decay": 1, "epochs": 9}  # weights grow 99-fold a step
+    outcome = train(workspace, training(workspace, step=explosive, evaluation=None))
+    assert isinstance(outcome, Rejected)
+    assert outcome.reason == "training-diverged"
+    found = outcome.report.training
+    assert found is not None
+    assert 1 <= found.kept_epoch == len(found.epochs) < 9
+    assert f"of epoch {found.kept_epoch + 1}: the loss is" in outcome.detail
+    assert outcome.detail.endswith(f"the files are the network in fixed point after epoch {found.kept_epoch}")
+    assert outcome.detail.startswith(found.stopped or "-")
+    for name, value in quantry.load(workspace.artifact).state_dict().items():
+        assert value.isfinite().all(), name
+
+
+def test_a_training_that_diverges_in_its_first_epoch_leaves_nothing(workspace: Workspace) -> None:
+    explosive = {"learning_rate": 100, "weight_decay": 1, "batch_size": 5}
+    with pytest.raises(TrainingDiverged, match="of epoch 1: the gradient of resnet"):
+        train(workspace, training(workspace, step=explosive, evaluation=None))
+    assert not list(workspace.artifact.glob("*"))
+
+
+def test_a_baseline_that_diverges_is_named_and_costs_no_network(workspace: Workspace) -> None:
+    """Four bits stay within their ranges for longer than floats."""
+    outcome = train(workspace, training(workspace, step={"learning_rate": 100}))
+    assert isinstance(outcome, Rejected)
+    assert re.match(
+        r"the training in full precision .*: step .* leaves it out; .* after epoch 2", outcome.detail
+    )
+    assert {row.fp for row in outcome.report.quality} == {None}
+    assert (workspace.artifact / "model.safetensors").exists()
+
+
+def test_an_epoch_that_leaves_infinity_is_not_kept(workspace: Workspace) -> None:
+    explosive = {"epochs": 1, "samples": 30, "learning_rate": 100, "weight_decay": 1, "schedule": "constant"}
+    job, trainer = trained(workspace, training(workspace, step=explosive, evaluation=None))
+    trainer.network.classifier.bias.data.fill_(1e38)  # all alike: no logit changes; decay makes it -inf
+    with pytest.raises(TrainingDiverged, match=r"classifier\.bias is not finite after epoch 2"):
+        trainer.epoch(job.images, None)
+
+
 def test_a_loss_that_is_not_finite_names_step_and_layer_and_the_epochs_before_are_kept(
     workspace: Workspace,
 ) -> None:
     job, trainer = trained(workspace, training(workspace, step={"epochs": 1}, evaluation=None))
     name = "resnet.stages.1.0.layer.0.normalization"
     trainer.network.get_submodule(name).weight.data.fill_(float("inf"))
-    said = rf"step 1 of epoch 2: the loss is nan; .*{name}.*checkpoint of epoch 1 is kept"
+    said = rf"step 1 of epoch 2: the loss is nan; .*{name}"
     with pytest.raises(TrainingDiverged, match=said) as error:
         trainer.epoch(job.images, None)
     assert error.value.as_job_error().type == "training-diverged"

@@ -86,6 +86,25 @@ def test_integers_compute_what_is_simulated(bits: int, signed: bool, kind: str) 
         torch.testing.assert_close(integers[name], value, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.parametrize("channels", [(1, 1), (1, 5), (9, 1), (3, 5)])
+@pytest.mark.parametrize("kernel", [(1, 1), (2, 2), (3, 5)])
+@pytest.mark.parametrize(("stride", "padding"), [((1, 1), (0, 0)), ((2, 3), (1, 2))])
+def test_integers_take_convolutions_of_any_shape(
+    channels: tuple[int, int], kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    torch.manual_seed(0)
+    dense = nn.Conv2d(*channels, kernel, stride, padding, dtype=torch.float64)
+    layer = FixedPointConv2d.of(dense, step()).double()
+    x = torch.randn(2, channels[0], 7, 11, dtype=torch.float64)
+    with torch.no_grad():
+        layer(x)
+    other = copy.deepcopy(layer)
+    other.integer = True
+    simulated, integers = passes(layer, x), passes(other, x)
+    for name, value in simulated.items():
+        torch.testing.assert_close(integers[name], value, rtol=1e-10, atol=1e-10, msg=name)
+
+
 def test_with_many_bits_training_is_full_precision_within_rounding() -> None:
     torch.manual_seed(0)
     dense, x = nn.Linear(20, 12, dtype=torch.float64), torch.randn(64, 20, dtype=torch.float64)

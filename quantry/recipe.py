@@ -209,6 +209,11 @@ class IgqStep(ActivationGrid):
         description="ilp: the budget, bit operations that grouping may add to an image, as a share of the products' "
         "own: 0.02 is two per cent; null: what `groups` everywhere would add",
     )
+    bounds: Literal["widened", "mean"] = Field(
+        "widened",
+        description="where grids end. mean: as published, at the mean range of a group, which clips half of it; "
+        "widened: between that and its outermost range, by squared error",
+    )
     iterations: int = Field(30, ge=1, le=200, description="alternations of assignment and bounds")
 
 

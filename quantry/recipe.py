@@ -181,6 +181,11 @@ class RepqStep(ActivationGrid):
     """RepQ-ViT (Li et al. 2023, arXiv:2212.08254): channel scales after LayerNorm, folded into one; log softmax."""
 
     method: Literal["repq"] = "repq"
+    softmax: Literal["chosen", "log"] = Field(
+        "chosen",
+        description="grid of the probabilities P. log: powers of the square root of 2, as published, whose steps do "
+        "not shrink with the bits; chosen: that or an evenly spaced one, by the squared error of P V",
+    )
 
 
 class AdalogStep(ActivationGrid):

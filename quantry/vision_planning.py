@@ -12,7 +12,7 @@ from quantry.contract import DatasetRef, JobSpec
 from quantry.convnets import is_convnet
 from quantry.headers import TensorInfo
 from quantry.levels import check_classifier_levels, is_compensated
-from quantry.recipe import BiasCompensationStep, dividing_group_sizes
+from quantry.recipe import BiasCompensationStep, IgqStep, dividing_group_sizes
 from quantry.reports import LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
@@ -25,6 +25,7 @@ from quantry.vision_layers import (
     tensors_in_memory,
     token_count,
 )
+from quantry.vision_products import check_windows, least_overhead, products, shortfall
 
 VISION_METHODS = (
     "rtn",
@@ -83,9 +84,11 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     resolved = resolve_images(spec, classes)
     named = tensors_in_memory(tensors)
     check_tensors(family, config, named)
+    check_windows(family, config)
     layers = {name: info for name, info in named.items() if is_quantized(name)}
     tokens = token_count(family, config)
     _check_groups(spec, layers)
+    _check_budget(spec, family, config)
     bits = sum(
         _layer_bits(spec, name, info, tokens, had_bias=f"{name.removesuffix('weight')}bias" in named)
         for name, info in layers.items()
@@ -126,6 +129,19 @@ def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:
                 f"{group} does not divide the {columns} columns of {name}; {sizes} would, and null "
                 "gives one scale a row",
             )
+
+
+def _check_budget(spec: JobSpec, family: VisionFamily, config: Mapping[str, Any]) -> None:
+    """That the fewest groups stay within IGQ's budget. Raises SpecError.
+
+    DINOv2 takes images of any size, which its image processor says: there the worker looks.
+    """
+    step = spec.activation_step
+    if not isinstance(step, IgqStep) or step.overhead_max is None or family.model_type == "dinov2":
+        return
+    reason = shortfall(step, least_overhead(products(family, config), step, spec.weight_step.bits))
+    if reason:
+        raise SpecError(f"recipe.{spec.recipe.index(step)}.overhead_max", reason)
 
 
 def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_bias: bool) -> int:

@@ -24,6 +24,7 @@ from torch import Tensor
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep
+from quantry.vision_products import group_counts, shortfall
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import (
     Calibrated,
@@ -38,8 +39,6 @@ from worker.methods.activations import (
 from worker.methods.bops import AXES, model_products
 from worker.methods.igq_bounds import fit_bounds, widen
 from worker.models.vision import Operand, VisionModel
-
-QUARTERS = (1, 2, 3, 4, 5, 6, 8)  # of the uniform number of groups: what an operand may be given instead
 
 Candidates = Mapping[int, GroupedQuantizer]  # one operand's quantizers by number of groups
 
@@ -149,13 +148,6 @@ def _widened(
     return {name: dict(zip(counts, found[name], strict=True)) for name, counts in grouped.items()}
 
 
-def group_counts(step: IgqStep) -> tuple[int, ...]:
-    """The numbers of groups to fit: one, or from a quarter to twice of it; 2, 4, 6, 8, 10, 12, 16 around 8."""
-    if step.allocation == "uniform":
-        return (step.groups,)
-    return tuple(sorted({max(1, round(quarters * step.groups / 4)) for quarters in QUARTERS}))
-
-
 @dataclass(frozen=True)
 class Budget:
     """limit: bit operations that finding grids may take in an image. costs: by operand, for each of `group_counts`."""
@@ -181,12 +173,9 @@ def budget_of(model: VisionModel, images: Images, step: IgqStep) -> Budget:
     softmax_bits = step.softmax_bits or step.bits
     base = sum(p.operations(images.weights.bits, step.bits, softmax_bits) for p in products)
     least = sum(cost[0] for cost in costs.values())
-    if least > step.overhead_max * base:
-        raise RecipeError(
-            f"igq.overhead_max: {step.overhead_max:.2%} of the bit operations is less than the {least / base:.2%} that "
-            f"{counts[0]} group{'s' if counts[0] > 1 else ''} of every operand take, the fewest around {step.groups}: "
-            "allow more, or give fewer groups"
-        )
+    reason = shortfall(step, least / base)
+    if reason:
+        raise RecipeError(f"igq.overhead_max: {reason}")
     return Budget(step.overhead_max * base, costs)
 
 

@@ -256,9 +256,9 @@ class VisionModel:
                 for i, layer in enumerate(layers)
             ]
         blocks = []
-        patch = self.config.patch_size
-        _, *size = self.image_shape
-        height, width = (-(-side // patch) for side in size)  # the stem pads what is left over
+        patches = self.network.get_submodule(self.family.stem).kernel_size
+        sides = zip(self.image_shape[1:], patches, strict=True)
+        height, width = (-(-side // patch) for side, patch in sides)  # the stem pads what is left over
         for i, stage in enumerate(layers):
             call = BlockCall(((height, width),), {})
             path = f"{self.family.layers}.{i}"

@@ -15,6 +15,7 @@ from quantry.layers.operands import attached
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep, RtnStep
+from quantry.vision_products import group_counts
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import Images, quantized
 from worker.methods.bops import AXES, count, model_products
@@ -22,7 +23,6 @@ from worker.methods.igq import (
     allocate,
     calibrate,
     collect,
-    group_counts,
     perturbations,
     upper_bound,
 )

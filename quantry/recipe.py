@@ -10,7 +10,7 @@ from quantry.base import Bits, Model, SpecError
 from quantry.training import FixedPointTrainingStep
 
 Clip = Literal["none", "mse", "percentile"]
-Level = Literal["module", "attention", "mlp", "block", "model"]
+Level = Literal["module", "products", "attention", "mlp", "block", "model"]
 
 
 EDGE_BITS = Field(
@@ -128,8 +128,9 @@ class BiasCompensationStep(Model):
     levels: tuple[Level, ...] | None = Field(
         None,
         min_length=1,
-        max_length=5,
-        description="whose mean output error is taken away: every layer (module), attention modules, feed-forward "
+        max_length=6,
+        description="whose mean output error is taken away: every layer (module), the two products of attention "
+        "(products; classifiers, position_channel and published), attention modules, feed-forward "
         "networks (mlp), blocks, the whole model (its logits; classifiers). A bias merges into the last layer of "
         "each. null: module, and block where targets is published and the block allows it",
     )

@@ -25,7 +25,7 @@ from quantry.vision_layers import (
     tensors_in_memory,
     token_count,
 )
-from quantry.vision_products import check_windows, least_overhead, products, shortfall
+from quantry.vision_products import attentions, check_windows, least_overhead, products, shortfall
 
 VISION_METHODS = (
     "rtn",
@@ -93,6 +93,7 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         _layer_bits(spec, name, info, tokens, had_bias=f"{name.removesuffix('weight')}bias" in named)
         for name, info in layers.items()
     )
+    bits += _product_bits(spec, family, config)
     weights = sum(info.numel for info in layers.values())
     kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
@@ -162,6 +163,13 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
     return bits + 32 * rows * positions
 
 
+def _product_bits(spec: JobSpec, family: VisionFamily, config: Mapping[str, Any]) -> int:
+    """Bits of the biases on Q K^T and P V."""
+    if spec.compensation is None or "products" not in spec.compensation.chosen_levels:
+        return 0
+    return sum(32 * heads * tokens * (tokens + width) for heads, tokens, width in attentions(family, config))
+
+
 def _warnings(spec: JobSpec) -> Iterator[str]:
     if spec.format == "quantry":
         yield "the quantry format loads in transformers after `import quantry`"
@@ -190,6 +198,7 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
             )
         if isinstance(step, BiasCompensationStep):
             check_classifier_levels(f"recipe.{index}.levels", step, str(config.get("model_type")))
+            _check_products(f"recipe.{index}.levels", step, spec)
     refuse_diffusion(spec)
     if spec.format not in ("auto", "quantry", "onnx"):
         raise SpecError(
@@ -203,6 +212,18 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
         )
     if spec.compute_dtype == "bfloat16":
         raise SpecError("compute_dtype", "classifiers run in float32: leave it out")
+
+
+def _check_products(path: str, step: BiasCompensationStep, spec: JobSpec) -> None:
+    """That biases on the products of attention have something to correct and a place. Raises SpecError at `path`."""
+    if "products" not in step.chosen_levels:
+        return
+    if spec.activation_step is None:
+        raise SpecError(
+            path, "without a step that quantizes activations Q K^T and P V are exact: leave `products` out"
+        )
+    if spec.format == "onnx":
+        raise SpecError(path, "`products` is not written as ONNX: leave it out, or set format to quantry")
 
 
 def resolve_images(spec: JobSpec, classes: int) -> JobSpec:

@@ -122,6 +122,19 @@ def products(family: VisionFamily, config: Mapping[str, Any]) -> Iterator[Produc
     )
 
 
+def attentions(family: VisionFamily, config: Mapping[str, Any]) -> Iterator[tuple[int, int, int]]:
+    """Heads, tokens and width of a head, of every attention module; Swin's tokens are those of a window."""
+    config, width = filled(family, config), stem_width(family, config)
+    if family.hierarchical:
+        window = size_at(config, "window_size")
+        for stage, (depth, heads) in enumerate(stages_of(config)):
+            yield from [(heads, window**2, (width << stage) // heads)] * depth
+        return
+    heads = size_at(config, "num_attention_heads")
+    head = size_of(config, "head_dim") or width // heads
+    yield from [(heads, token_count(family, config), head)] * size_at(config, "num_hidden_layers")
+
+
 def _block(family: VisionFamily, config: Mapping[str, Any], tokens: int, width: int) -> Iterator[Product]:
     heads = size_at(config, "num_attention_heads")
     yield from _attention(1, tokens, width, heads, size_of(config, "head_dim") or width // heads)

@@ -29,6 +29,7 @@ from worker.models.source import Role, dataset_path, shown_name
 from worker.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
+MAX_SIDE = 4096  # pixels that a processor may make
 TOLD = 64  # images after which progress is told again
 Tell = Callable[[int, int], None]  # hears (done, total), of images
 ORDER_SEED = 7  # of the one order that labelled runs are shuffled into
@@ -270,11 +271,19 @@ def _processor(folder: Path) -> Any:
             f"{folder.name} has no {file}: it says how images become pixels; add it to the folder"
         )
     try:
-        return AutoImageProcessor.from_pretrained(
+        processor = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, backend="pil"
         )
     except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
         raise ModelError(f"{folder.name}/{file} cannot be used: {str(error).splitlines()[0]}") from error
+    for key in ("size", "crop_size", "pad_size"):
+        sides = getattr(processor, key, None)
+        for side in dict(sides).values() if sides else ():
+            if isinstance(side, int) and side > MAX_SIDE:
+                raise ModelError(
+                    f"{folder.name}/{file}: {key} has {side} pixels; the limit is {MAX_SIDE} a side"
+                )
+    return processor
 
 
 def _channels(images: ImageSet, index: int, channels: int) -> Array:

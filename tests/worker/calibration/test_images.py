@@ -486,6 +486,18 @@ def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -
         pixels(images, tmp_path / "m", 3)
 
 
+@pytest.mark.parametrize("field", ["size", "crop_size"])
+def test_a_processor_that_makes_huge_images_is_refused_before_it_makes_one(
+    field: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    save(workspace, "x.npz", images=COLOUR)
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    config = {"image_processor_type": "CLIPImageProcessor", field: {"height": 100_000, "width": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{field} has 100000 pixels; the limit is 4096 a side"):
+        pixels(images, tmp_path, 3)
+
+
 def joined(path: Path, count: int = 20, **changes: Any) -> Path:
     """PNG files in one array of bytes, image i all of grey level i."""
     files = []

@@ -109,7 +109,8 @@ class VisionModel:
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with refusing(folder, "config.json"):
+            self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: VisionFamily = vision_family_of(self.config.to_dict())
         self.network = load_classifier(folder, dtype)
         self.network.eval().requires_grad_(False).to(device)

@@ -481,9 +481,14 @@ def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -
         pixels(images, tmp_path / "m", 3)  # its mean is of one channel
     with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
         pixels(images, tmp_path, 3)
-    (tmp_path / "m" / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"m/preprocessor_config.json cannot be used"):
-        pixels(images, tmp_path / "m", 3)
+    for content in ("{", "[]", '{"image_processor_type": "Foo", "model_type": 3}'):
+        (tmp_path / "m" / "preprocessor_config.json").write_text(content)
+        with pytest.raises(
+            ModelError, match=r"^m: transformers cannot use preprocessor_config.json"
+        ) as caught:
+            pixels(images, tmp_path / "m", 3)
+        assert str(tmp_path) not in str(caught.value)
+        assert len(str(caught.value)) < 500
 
 
 @pytest.mark.parametrize("field", ["size", "crop_size"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from quantry.base import SpecError
+from quantry.base import FLOAT_BITS, SpecError
 from quantry.checkpoint_checks import size_of
 from quantry.recipe import IgqStep
 from quantry.vision import VisionFamily, class_count
@@ -24,7 +24,6 @@ from quantry.vision_layers import (
     token_count,
 )
 
-FLOAT_BITS = 32  # of the arithmetic that is not integer
 IMAGE_BITS = 8
 QUARTERS = (1, 2, 3, 4, 5, 6, 8)  # of the uniform number of groups: what an operand may be given instead
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-from quantry.vision_products import FLOAT_BITS
+from quantry.base import FLOAT_BITS
 
 
 class ActivationQuantizer(nn.Module):

@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, UniformQuantizer
+from quantry.base import FLOAT_BITS
+from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedWeight
 
 Axis = Literal["channels", "rows"]

@@ -11,8 +11,6 @@ from torch import Tensor
 
 from quantry.quantizers.activation import ActivationQuantizer
 
-FLOAT = 32  # bits of a bias
-
 
 class ProductBias(ActivationQuantizer):
     """Adds `bias`, float32 of `shape`, to a product (images, heads, tokens, columns), the same for every image.

@@ -125,23 +125,21 @@ def test_the_pooler_of_a_pretrained_network_is_left_out(workspace: Workspace) ->
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "error"),
+    ("field", "value"),
     [
-        ("hidden_act", ["gelu"], ModelError),
-        ("layer_norm_eps", "x", ModelError),
-        ("id2label", {name: name for name in "abcde"}, ModelError),
-        ("torch_dtype", "banana", ModelError),
-        ("return_dict", False, RecipeError),
+        ("hidden_act", ["gelu"]),
+        ("layer_norm_eps", "x"),
+        ("id2label", {name: name for name in "abcde"}),
+        ("torch_dtype", "banana"),
+        ("return_dict", False),
     ],
 )
-def test_odd_values_in_the_config_are_named(
-    field: str, value: object, error: type[Exception], workspace: Workspace
-) -> None:
+def test_odd_values_in_the_config_are_named(field: str, value: object, workspace: Workspace) -> None:
     request = job(workspace, "vit", RECIPES["uniform"])
     file = workspace.model_roots[0] / "model" / "config.json"
     config = json.loads(file.read_text()) | {field: value}
     file.write_text(json.dumps({k: v for k, v in config.items() if k != "dtype" or field != "torch_dtype"}))
-    with pytest.raises(error, match=r"config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         prepare(request.resolve(), workspace, Progress(io.StringIO()))
 
 

@@ -17,7 +17,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, TokenQuantizer
+from quantry.base import FLOAT_BITS
+from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer
 from quantry.quantizers.grouped import Axis, GroupedQuantizer
 from quantry.vision_products import IMAGE_BITS
 from worker.methods.activations import observe

@@ -13,9 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from quantry.base import FLOAT_BITS
 from quantry.layers.operands import AttentionOperands, watch_probabilities
 from quantry.quantizers.activation import ActivationQuantizer
-from quantry.quantizers.product_bias import FLOAT, ProductBias
+from quantry.quantizers.product_bias import ProductBias
 from worker.methods.activations import Tell, observe, silent
 from worker.models.vision import VisionModel
 
@@ -48,7 +49,7 @@ class _Products:
 
     def bias(self, role: str) -> ProductBias:
         mean = (self.totals[role] / self.count).float()
-        return ProductBias(FLOAT, list(mean.shape)).to(mean.device).fill(bias=mean)
+        return ProductBias(FLOAT_BITS, list(mean.shape)).to(mean.device).fill(bias=mean)
 
 
 @torch.no_grad()

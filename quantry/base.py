@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, StringConstraints
 
+FLOAT_BITS = 32  # of what is not quantized: biases, and arithmetic when operations are counted
 Bits = Literal[2, 3, 4, 5, 6, 8]
 # fmt: off
 Metric = Literal[

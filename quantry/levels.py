@@ -14,6 +14,7 @@ _ATTENTION = r"(self_attn\.(o|out)_proj|attn\.c_proj|attention\.(o_proj|dense))$
 _MLP = r"(fc2|mlp\.(down_proj|c_proj|dense_4h_to_h))$"
 _LAST: dict[Level, re.Pattern[str]] = {  # the last layer of what a level names
     "module": re.compile(""),
+    "products": re.compile("(?!)"),  # they are no layers
     "attention": re.compile(_ATTENTION),
     "mlp": re.compile(_MLP),
     "block": re.compile(_MLP),
@@ -29,6 +30,10 @@ def is_compensated(step: BiasCompensationStep, layer: str) -> bool:
 def check_levels(path: str, step: BiasCompensationStep, family: Family, config: Mapping[str, Any]) -> None:
     """That a bias at each level has a layer of the language model to merge into. Raises SpecError at `path`."""
     for level in step.levels or ():
+        if level == "products":
+            raise SpecError(
+                path, "`products` is a bias for each pair of tokens, and a text has any number: leave it out"
+            )
         if level == "model":
             raise SpecError(
                 path, "`model` is a bias on the logits, and the head of a language model is not quantized"
@@ -43,6 +48,13 @@ def check_levels(path: str, step: BiasCompensationStep, family: Family, config: 
 
 def check_classifier_levels(path: str, step: BiasCompensationStep, model_type: str) -> None:
     """The same of a classifier."""
+    published = step.targets == "published" and step.granularity == "position_channel"
+    if "products" in (step.levels or ()) and not published:
+        raise SpecError(
+            path,
+            "`products` has a bias for each position, found on float inputs: set granularity to `position_channel` and "
+            "targets to `published`, or leave it out",
+        )
     if model_type == "dinov2" and "block" in (step.levels or ()):
         raise SpecError(
             path,

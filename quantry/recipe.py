@@ -10,7 +10,7 @@ from quantry.base import Bits, Model, SpecError
 from quantry.training import FixedPointTrainingStep
 
 Clip = Literal["none", "mse", "percentile"]
-Level = Literal["module", "attention", "mlp", "block", "model"]
+Level = Literal["module", "products", "attention", "mlp", "block", "model"]
 
 
 EDGE_BITS = Field(
@@ -128,8 +128,9 @@ class BiasCompensationStep(Model):
     levels: tuple[Level, ...] | None = Field(
         None,
         min_length=1,
-        max_length=5,
-        description="whose mean output error is taken away: every layer (module), attention modules, feed-forward "
+        max_length=6,
+        description="whose mean output error is taken away: every layer (module), the two products of attention "
+        "(products; classifiers, position_channel and published), attention modules, feed-forward "
         "networks (mlp), blocks, the whole model (its logits; classifiers). A bias merges into the last layer of "
         "each. null: module, and block where targets is published and the block allows it",
     )
@@ -181,6 +182,11 @@ class RepqStep(ActivationGrid):
     """RepQ-ViT (Li et al. 2023, arXiv:2212.08254): channel scales after LayerNorm, folded into one; log softmax."""
 
     method: Literal["repq"] = "repq"
+    softmax: Literal["chosen", "log"] = Field(
+        "chosen",
+        description="grid of the probabilities P. log: powers of the square root of 2, as published, whose steps do "
+        "not shrink with the bits; chosen: that or an evenly spaced one, by the squared error of P V",
+    )
 
 
 class AdalogStep(ActivationGrid):
@@ -208,6 +214,11 @@ class IgqStep(ActivationGrid):
         le=100,
         description="ilp: the budget, bit operations that grouping may add to an image, as a share of the products' "
         "own: 0.02 is two per cent; null: what `groups` everywhere would add",
+    )
+    bounds: Literal["widened", "mean"] = Field(
+        "widened",
+        description="where grids end. mean: as published, at the mean range of a group, which clips half of it; "
+        "widened: between that and its outermost range, by squared error",
     )
     iterations: int = Field(30, ge=1, le=200, description="alternations of assignment and bounds")
 

@@ -111,6 +111,8 @@ def vision_family_of(config: Mapping[str, Any]) -> VisionFamily:
         raise SpecError(
             "model", f"a {wanted[0]} is not an image classifier; Quantry needs a {family.architecture}"
         )
+    if config.get("return_dict") is False:
+        raise SpecError("model", "config.json: return_dict is false, and classifiers run with true only")
     if config.get("use_swiglu_ffn"):
         raise SpecError("model", "DINOv2 with a SwiGLU feed-forward network is not supported")
     return family

@@ -76,7 +76,7 @@ def check_tensors(family: VisionFamily, config: Mapping[str, Any], named: Mappin
     if not family.hierarchical:
         pattern = re.compile(re.escape(family.layers) + r"\.(\d+)\.")
         found = {int(match.group(1)) for name in named if (match := pattern.match(name))}
-        check_blocks(_size(_filled(family, config), "num_hidden_layers"), found)
+        check_blocks(size_at(filled(family, config), "num_hidden_layers"), found)
     seen = set()
     for name, shape in tensor_shapes(family, config):
         if name not in named:
@@ -101,19 +101,19 @@ def tensor_shapes(family: VisionFamily, config: Mapping[str, Any]) -> Shapes:
 
     The sizes are a stranger's: nothing is built from them but what is asked for.
     """
-    config = _filled(family, config)
+    config = filled(family, config)
     width = stem_width(family, config)
-    yield f"{family.stem}.weight", (width, _size(config, "num_channels"), *_sides(config, "patch_size"))
+    yield f"{family.stem}.weight", (width, size_at(config, "num_channels"), *sides_at(config, "patch_size"))
     yield f"{family.stem}.bias", (width,)
     yield from _embeddings(family, config, width)
     if family.hierarchical:
-        for stage, (depth, heads) in enumerate(_stages(config)):
+        for stage, (depth, heads) in enumerate(stages_of(config)):
             yield from _stage(f"{family.layers}.{stage}", config, width, depth, heads)
             if stage + 1 < len(config["depths"]):
                 yield from _merging(f"{family.layers}.{stage}.downsample", width)
                 width *= 2
     else:
-        for block in range(_size(config, "num_hidden_layers")):
+        for block in range(size_at(config, "num_hidden_layers")):
             yield from _block(f"{family.layers}.{block}", family, config, width)
     yield from _norm(family.norm, width)
     inputs = 2 * width if family.pooled == "class+mean" else width
@@ -122,25 +122,25 @@ def tensor_shapes(family: VisionFamily, config: Mapping[str, Any]) -> Shapes:
 
 def stem_width(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Width of the tokens that enter the first block. Raises SpecError."""
-    return _size(_filled(family, config), "embed_dim" if family.hierarchical else "hidden_size")
+    return size_at(filled(family, config), "embed_dim" if family.hierarchical else "hidden_size")
 
 
 def token_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Tokens of an image in the first block; Swin pads what is no multiple of a patch. Raises SpecError."""
-    config = _filled(family, config)
-    sides = zip(_sides(config, "image_size"), _sides(config, "patch_size"), strict=True)
+    config = filled(family, config)
+    sides = zip(sides_at(config, "image_size"), sides_at(config, "patch_size"), strict=True)
     height, width = (-(-side // patch) if family.hierarchical else side // patch for side, patch in sides)
     return height * width + len(family.special_tokens)
 
 
 def channel_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Channels of an image as the network takes it. Raises SpecError."""
-    return _size(_filled(family, config), "num_channels")
+    return size_at(filled(family, config), "num_channels")
 
 
 def pixel_count(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Values of an image as the network takes it, all channels. Raises SpecError."""
-    height, width = _sides(_filled(family, config), "image_size")
+    height, width = sides_at(filled(family, config), "image_size")
     return channel_count(family, config) * height * width
 
 
@@ -149,11 +149,11 @@ def block_values(family: VisionFamily, config: Mapping[str, Any]) -> int:
 
     Raises SpecError.
     """
-    tokens, config = token_count(family, config), _filled(family, config)
+    tokens, config = token_count(family, config), filled(family, config)
     if family.hierarchical:
-        _, heads = next(_stages(config))
-        return tokens * max(heads * _size(config, "window_size") ** 2, _feed_forward(family, config))
-    return tokens * max(_size(config, "num_attention_heads") * tokens, _feed_forward(family, config))
+        _, heads = next(stages_of(config))
+        return tokens * max(heads * size_at(config, "window_size") ** 2, feed_forward(family, config))
+    return tokens * max(size_at(config, "num_attention_heads") * tokens, feed_forward(family, config))
 
 
 def _embeddings(family: VisionFamily, config: Mapping[str, Any], width: int) -> Shapes:
@@ -161,7 +161,7 @@ def _embeddings(family: VisionFamily, config: Mapping[str, Any], width: int) -> 
     place = f"{family.base}.embeddings"
     height, across = (
         side // patch
-        for side, patch in zip(_sides(config, "image_size"), _sides(config, "patch_size"), strict=True)
+        for side, patch in zip(sides_at(config, "image_size"), sides_at(config, "patch_size"), strict=True)
     )
     positions = height * across + len(family.special_tokens)
     if family.hierarchical:
@@ -177,19 +177,19 @@ def _embeddings(family: VisionFamily, config: Mapping[str, Any], width: int) -> 
 
 
 def _block(name: str, family: VisionFamily, config: Mapping[str, Any], width: int) -> Shapes:
-    heads = _size(config, "num_attention_heads")
+    heads = size_at(config, "num_attention_heads")
     inner = heads * (size_of(config, "head_dim") or width // heads)
     yield from _attention(f"{name}.attention", config, width, inner)
     for norm in family.norms:
         yield from _norm(f"{name}.{norm}", width)
-    yield from _mlp(f"{name}.mlp", width, _feed_forward(family, config))
+    yield from _mlp(f"{name}.mlp", width, feed_forward(family, config))
     if family.model_type == "dinov2":
         yield f"{name}.layer_scale1.lambda1", (width,)
         yield f"{name}.layer_scale2.lambda1", (width,)
 
 
 def _stage(name: str, config: Mapping[str, Any], width: int, depth: int, heads: int) -> Shapes:
-    window = _size(config, "window_size")
+    window = size_at(config, "window_size")
     for block in range(depth):
         place = f"{name}.blocks.{block}"
         yield from _attention(f"{place}.attention", config, width, width)
@@ -197,7 +197,7 @@ def _stage(name: str, config: Mapping[str, Any], width: int, depth: int, heads: 
         yield table, ((2 * window - 1) ** 2, heads)
         yield from _norm(f"{place}.layernorm_before", width)
         yield from _norm(f"{place}.layernorm_after", width)
-        yield from _mlp(f"{place}.mlp", width, _scaled(config, width))
+        yield from _mlp(f"{place}.mlp", width, scaled(config, width))
 
 
 def _attention(name: str, config: Mapping[str, Any], width: int, inner: int) -> Shapes:
@@ -234,27 +234,29 @@ def _in_memory(name: str) -> str:
     return name
 
 
-def _filled(family: VisionFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+def filled(family: VisionFamily, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with transformers' own sizes where it leaves some out."""
     return {**_DEFAULTS[family.model_type], **config}
 
 
-def _size(config: Mapping[str, Any], key: str) -> int:
+def size_at(config: Mapping[str, Any], key: str) -> int:
+    """A size that must be there. Raises SpecError."""
     value = size_of(config, key)
     if value is None:
         raise SpecError("model", f"config.json: {key} is null, not a positive whole number")
     return value
 
 
-def _sides(config: Mapping[str, Any], key: str) -> tuple[int, int]:
+def sides_at(config: Mapping[str, Any], key: str) -> tuple[int, int]:
     """Height and width of a size that may be one number or two."""
     value = config[key]
     pair = value if isinstance(value, list) else [value, value]
     if len(pair) != 2:
         raise SpecError("model", f"config.json: {key} is {value!r}, not a height and a width")
-    return _size({key: pair[0]}, key), _size({key: pair[1]}, key)
+    return size_at({key: pair[0]}, key), size_at({key: pair[1]}, key)
 
 
-def _stages(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
+def stages_of(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
     """Blocks and attention heads of each stage."""
     depths, heads = config["depths"], config["num_heads"]
     if not (isinstance(depths, list) and isinstance(heads, list) and 0 < len(depths) <= len(heads)):
@@ -262,17 +264,17 @@ def _stages(config: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
             "model", "config.json: depths and num_heads are not lists with a number for each stage"
         )
     for depth, count in zip(depths, heads, strict=False):
-        yield _size({"depths": depth}, "depths"), _size({"num_heads": count}, "num_heads")
+        yield size_at({"depths": depth}, "depths"), size_at({"num_heads": count}, "num_heads")
 
 
-def _feed_forward(family: VisionFamily, config: Mapping[str, Any]) -> int:
+def feed_forward(family: VisionFamily, config: Mapping[str, Any]) -> int:
     """Width of the feed-forward network in the first block."""
     if "mlp_ratio" in _DEFAULTS[family.model_type]:
-        return _scaled(config, stem_width(family, config))
-    return _size(config, "intermediate_size")
+        return scaled(config, stem_width(family, config))
+    return size_at(config, "intermediate_size")
 
 
-def _scaled(config: Mapping[str, Any], width: int) -> int:
+def scaled(config: Mapping[str, Any], width: int) -> int:
     """Width of a feed-forward network that is a multiple of the block's."""
     ratio = config["mlp_ratio"]
     if type(ratio) not in (int, float) or not 0 < ratio < 1000:

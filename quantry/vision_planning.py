@@ -12,7 +12,7 @@ from quantry.contract import DatasetRef, JobSpec
 from quantry.convnets import is_convnet
 from quantry.headers import TensorInfo
 from quantry.levels import check_classifier_levels, is_compensated
-from quantry.recipe import BiasCompensationStep, dividing_group_sizes
+from quantry.recipe import BiasCompensationStep, IgqStep, dividing_group_sizes
 from quantry.reports import LayerPlan
 from quantry.vision import VisionFamily, activation_function, class_count, vision_family_of
 from quantry.vision_layers import (
@@ -25,6 +25,7 @@ from quantry.vision_layers import (
     tensors_in_memory,
     token_count,
 )
+from quantry.vision_products import attentions, check_windows, least_overhead, products, shortfall
 
 VISION_METHODS = (
     "rtn",
@@ -83,13 +84,16 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
     resolved = resolve_images(spec, classes)
     named = tensors_in_memory(tensors)
     check_tensors(family, config, named)
+    check_windows(family, config)
     layers = {name: info for name, info in named.items() if is_quantized(name)}
     tokens = token_count(family, config)
     _check_groups(spec, layers)
+    _check_budget(spec, family, config)
     bits = sum(
         _layer_bits(spec, name, info, tokens, had_bias=f"{name.removesuffix('weight')}bias" in named)
         for name, info in layers.items()
     )
+    bits += _product_bits(spec, family, config)
     weights = sum(info.numel for info in layers.values())
     kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
@@ -128,6 +132,19 @@ def _check_groups(spec: JobSpec, layers: Mapping[str, TensorInfo]) -> None:
             )
 
 
+def _check_budget(spec: JobSpec, family: VisionFamily, config: Mapping[str, Any]) -> None:
+    """That the fewest groups stay within IGQ's budget. Raises SpecError.
+
+    DINOv2 takes images of any size, which its image processor says: there the worker looks.
+    """
+    step = spec.activation_step
+    if not isinstance(step, IgqStep) or step.overhead_max is None or family.model_type == "dinov2":
+        return
+    reason = shortfall(step, least_overhead(products(family, config), step, spec.weight_step.bits))
+    if reason:
+        raise SpecError(f"recipe.{spec.recipe.index(step)}.overhead_max", reason)
+
+
 def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_bias: bool) -> int:
     """Bits of codes, float16 scales, zero-points and the float32 biases that compensation adds."""
     step, compensation, rows = spec.weight_step, spec.compensation, info.shape[0]
@@ -144,6 +161,13 @@ def _layer_bits(spec: JobSpec, name: str, info: TensorInfo, tokens: int, *, had_
         return bits + (0 if had_bias else 32 * rows)
     positions = 1 if name.startswith("classifier") else tokens  # windows and merged patches have fewer
     return bits + 32 * rows * positions
+
+
+def _product_bits(spec: JobSpec, family: VisionFamily, config: Mapping[str, Any]) -> int:
+    """Bits of the biases on Q K^T and P V."""
+    if spec.compensation is None or "products" not in spec.compensation.chosen_levels:
+        return 0
+    return sum(32 * heads * tokens * (tokens + width) for heads, tokens, width in attentions(family, config))
 
 
 def _warnings(spec: JobSpec) -> Iterator[str]:
@@ -174,6 +198,7 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
             )
         if isinstance(step, BiasCompensationStep):
             check_classifier_levels(f"recipe.{index}.levels", step, str(config.get("model_type")))
+            _check_products(f"recipe.{index}.levels", step, spec)
     refuse_diffusion(spec)
     if spec.format not in ("auto", "quantry", "onnx"):
         raise SpecError(
@@ -187,6 +212,18 @@ def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:
         )
     if spec.compute_dtype == "bfloat16":
         raise SpecError("compute_dtype", "classifiers run in float32: leave it out")
+
+
+def _check_products(path: str, step: BiasCompensationStep, spec: JobSpec) -> None:
+    """That biases on the products of attention have something to correct and a place. Raises SpecError at `path`."""
+    if "products" not in step.chosen_levels:
+        return
+    if spec.activation_step is None:
+        raise SpecError(
+            path, "without a step that quantizes activations Q K^T and P V are exact: leave `products` out"
+        )
+    if spec.format == "onnx":
+        raise SpecError(path, "`products` is not written as ONNX: leave it out, or set format to quantry")
 
 
 def resolve_images(spec: JobSpec, classes: int) -> JobSpec:

@@ -217,7 +217,7 @@ def _step_text(step: Step) -> str:
         if not step.symmetric:
             words.append("asymmetric")
     elif isinstance(step, IgqStep):
-        words.append(f"{step.groups} groups")
+        words.append(f"{step.groups} groups" + (", published bounds" if step.bounds == "mean" else ""))
     elif isinstance(step, UniformStep | SmoothquantStep):
         words.append(f"per {step.granularity}")
     if isinstance(step, ActivationGrid) and step.softmax_bits:

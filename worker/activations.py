@@ -15,6 +15,7 @@ from quantry.contract import JobSpec
 from quantry.jobs import State
 from quantry.quantizers.activation import ActivationQuantizer
 from quantry.quantizers.affine import QuantizedWeight
+from quantry.quantizers.product_bias import ProductBias
 from quantry.recipe import AdalogStep, IgqStep, Ptq4vitStep, RepqStep, SmoothquantStep, UniformStep
 from quantry.reports import OperandReport
 from worker.calibration.streams import Stream
@@ -22,6 +23,7 @@ from worker.dressing import Dressing
 from worker.memory import release_memory
 from worker.methods import adalog, igq, ptq4vit, repq, uniform
 from worker.methods.activations import Calibrated, Images, names_of, observe
+from worker.methods.product_bias import product_biases
 from worker.methods.smoothquant import Smoothed, input_maxima, input_quantizers, smooth_block
 from worker.methods.softmax_bias import SoftmaxResult, correct_softmax
 from worker.models.causal_lm import CausalLM
@@ -66,9 +68,9 @@ def calibrate_activations(
     probabilities = {f"{name}.probabilities": result.quantizer for name, result in corrected.items()}
     quantizers = found.quantizers | probabilities
     nearest = Dressing({**probabilities, **nearest.quantizers})  # the same grid, not corrected
-    dressing = Dressing(
-        _places(model, quantizers), {attention: result.bias for attention, result in corrected.items()}
-    )
+    biases = {attention: result.bias for attention, result in corrected.items()}
+    products = _products(model, spec, calibration, quantizers, biases, progress)
+    dressing = Dressing({**_places(model, quantizers), **products}, biases)
     reports = _reports(model, quantizers, calibration, corrected)
     release_memory()
     return Activations(dressing, nearest, found.weights, baseline, reports)
@@ -160,6 +162,23 @@ def _softmax(
         stream.advance(block, index)
         progress.advance(index + 1, model.count)
     return results
+
+
+def _products(
+    model: Network,
+    spec: JobSpec,
+    pixels: Tensor,
+    quantizers: Mapping[str, ActivationQuantizer],
+    biases: Mapping[str, Tensor],
+    progress: Progress,
+) -> dict[str, ProductBias]:
+    """The biases on the products of attention, where bias compensation is asked for them."""
+    if not (
+        isinstance(model, VisionModel) and spec.compensation and "products" in spec.compensation.chosen_levels
+    ):
+        return {}
+    progress.stage(State.CALIBRATING, "biases of attention products")
+    return product_biases(model, pixels, quantizers, biases, progress.advance)
 
 
 def _reports(

@@ -18,6 +18,7 @@ from quantry.diffusion import INDEX
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.planning import Plan
 from quantry.quantizers.affine import QuantizedLayer
+from quantry.quantizers.product_bias import ProductBias
 from quantry.reports import BitOperations, Manifest, QualityRow, Report, SizeReport
 from quantry.vision_costs import estimate_vision
 from quantry.vision_planning import VisionPlan
@@ -274,15 +275,18 @@ def _size(job: Prepared, sweep: BlockSweep, artifact: Path) -> SizeReport:
         bits += layer.weight.storage_bits() + 8 * bias
         weights += layer.weight.codes.numel()
         added += bias
+    products = 4 * sum(
+        q.bias.numel() for q in sweep.dressing.quantizers.values() if isinstance(q, ProductBias)
+    )
     stored = sum(
         f.stat().st_size for f in artifact.iterdir() if f.suffix in (".safetensors", ".gguf", ".onnx")
     )
     return SizeReport(
         fp_bytes=job.plan.fp_bytes,
         quantized_bytes=stored,
-        effective_bits=bits / weights,
+        effective_bits=(bits + 8 * products) / weights,
         quantized_weights=weights,
-        added_bias_bytes=added,
+        added_bias_bytes=added + products,
     )
 
 

@@ -1,8 +1,9 @@
 """Quantizers in their places: before linear layers, and on the operands of attention.
 
 An *operand* is named `<module>.<role>`: roles `input` and `output` of a linear or convolution layer, and `query`,
-`key`, `value`, `probabilities` of an attention module. Attention is reached through transformers' own attention
-interface, under the name `quantry`; a model whose attention runs elsewhere is refused.
+`key`, `value`, `probabilities` of an attention module; `scores` and `context` are its products Q K^T and P V.
+Attention is reached through transformers' own attention interface, under the name `quantry`; a model whose attention
+runs elsewhere is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ ATTENTION = "quantry"
 # Shown the probabilities (batch, heads, queries, keys) before their quantizer, which of them the mask lets
 # through (broadcasts to them; None: all), and the values (batch, heads, keys, width).
 ProbabilityObserver = Callable[[Tensor, Tensor | None, Tensor], None]
-ROLES = ("query", "key", "value", "probabilities")
+ROLES = ("query", "key", "value", "probabilities", "scores", "context")
 CLOSED = (
     -50.0
 )  # a key whose mask is below has a probability below 1e-21 (Swin closes with -100, others with -3e38)
@@ -106,7 +107,7 @@ def watch_probabilities(network: nn.Module, attention: str, see: ProbabilityObse
         yield
     finally:
         operands.observer = None
-        if fresh:
+        if fresh and hasattr(module, "operands"):  # not if all was detached meanwhile
             del module.operands
 
 
@@ -181,7 +182,10 @@ def quantized_attention(
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = query @ key.transpose(2, 3)
+    if operands is not None:
+        scores = operands.apply_to("scores", scores)
+    scores = scores * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     valid = None
@@ -197,7 +201,10 @@ def quantized_attention(
             operands.observer(p, valid, value)
         p = operands.probabilities_of(p, valid)
     p = nn.functional.dropout(p, p=dropout, training=module.training)
-    return (p @ value).transpose(1, 2).contiguous(), p
+    context = p @ value
+    if operands is not None:
+        context = operands.apply_to("context", context)
+    return context.transpose(1, 2).contiguous(), p
 
 
 def _open(mask: Tensor) -> Tensor | None:

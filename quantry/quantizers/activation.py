@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor, nn
 
-FLOAT_BITS = 32  # of the arithmetic that is not integer, when operations are counted
+from quantry.base import FLOAT_BITS
 
 
 class ActivationQuantizer(nn.Module):

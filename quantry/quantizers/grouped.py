@@ -13,7 +13,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, UniformQuantizer
+from quantry.base import FLOAT_BITS
+from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.affine import QuantizedWeight
 
 Axis = Literal["channels", "rows"]
@@ -36,24 +37,36 @@ class GroupedQuantizer(ActivationQuantizer):
 
     axis: `channels` of (images, ..., tokens, channels), a channel's range being over all tokens of the image;
     `rows` of the softmax output, told apart by their maximum: their lower bound is 0.
-    Buffers: low and high, float32 (G), the bounds l and u.
+    widened: whether a grid reaches further than the bounds that its channels are dealt by.
+    Buffers: low and high, float32 (G), the bounds l and u; if widened grid_low and grid_high, where grids end.
     """
 
     kind = "grouped"
-    fields = ("groups", "axis")
+    fields = ("groups", "axis", "widened")
 
-    def __init__(self, bits: int, groups: int, axis: Axis) -> None:
+    def __init__(self, bits: int, groups: int, axis: Axis, widened: bool = False) -> None:
         super().__init__(bits)
-        self.groups, self.axis = groups, axis
-        self.register_buffer("low", torch.zeros(groups))
-        self.register_buffer("high", torch.zeros(groups))
+        self.groups, self.axis, self.widened = groups, axis, widened
+        for name in ("low", "high", *(("grid_low", "grid_high") if widened else ())):
+            self.register_buffer(name, torch.zeros(groups))
 
     low: Tensor
     high: Tensor
+    grid_low: Tensor
+    grid_high: Tensor
+
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """Scale and zero-point of every group, (G)."""
+        if self.widened:
+            return bounds_grid(self.grid_low, self.grid_high, self.bits)
+        return bounds_grid(self.low, self.high, self.bits)
 
     def assign(self, x: Tensor) -> Tensor:
         """The group of each channel, (images, 1, channels), or row, (..., 1): int64, to broadcast against x."""
-        low, high = extent(x, self.axis)
+        return self.nearest(*extent(x, self.axis))
+
+    def nearest(self, low: Tensor, high: Tensor) -> Tensor:
+        """The group of each range, whatever their shape: int64."""
         distance = (high.unsqueeze(-1) - self.high).square_()
         if self.axis == "channels":
             distance += (low.unsqueeze(-1) - self.low).square_()
@@ -62,13 +75,13 @@ class GroupedQuantizer(ActivationQuantizer):
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The codes of x, integers in float32, and the groups that they count in, as `assign` gives them."""
         group = self.assign(x)
-        scale, zero_point = bounds_grid(self.low, self.high, self.bits)
+        scale, zero_point = self.grids()
         codes = (x.float() / scale[group]).add_(zero_point[group])
         return codes.round_().clamp_(0, 2**self.bits - 1), group
 
     def forward(self, x: Tensor) -> Tensor:
         codes, group = self.encode(x)
-        scale, zero_point = bounds_grid(self.low, self.high, self.bits)
+        scale, zero_point = self.grids()
         return codes.sub_(zero_point[group]).mul_(scale[group]).to(x.dtype)
 
     def operations(self, shape: tuple[int, ...]) -> int:
@@ -135,7 +148,7 @@ def integer_linear(
     if weight.scale.shape[1] != 1:
         raise ValueError(f"an integer product takes one weight scale a row, not {weight.scale.shape[1]}")
     codes, group = quantizer.encode(x)
-    scale, zero_point = bounds_grid(quantizer.low, quantizer.high, quantizer.bits)
+    scale, zero_point = quantizer.grids()
     w = (weight.codes.int() - weight.zero_point.int()).T  # (in, out)
     total = torch.zeros(*x.shape[:-1], len(weight.codes), device=x.device)
     for i in range(quantizer.groups):
@@ -155,7 +168,7 @@ def integer_attention(p: Tensor, rows: GroupedQuantizer, value: Tensor, values: 
     Returns: (images, heads, queries, width) float32.
     """
     codes, group = rows.encode(p)
-    scale, zero_point = bounds_grid(rows.low, rows.high, rows.bits)
+    scale, zero_point = rows.grids()
     v = (value.float() / values.scale + values.zero_point).round_().clamp_(0, 2**values.bits - 1)
     product = integer_product(codes - zero_point[group], v - values.zero_point)
     return (product * (scale[group] * values.scale)).float()

@@ -40,6 +40,13 @@ def over(x: Tensor, bits: int, groups: int = 5) -> GroupedQuantizer:
     return quantizer
 
 
+def widened(x: Tensor, bits: int) -> GroupedQuantizer:
+    """As `over` deals channels out, on grids that reach twice as far."""
+    plain = over(x, bits)
+    wide = GroupedQuantizer(bits, plain.groups, "channels", widened=True)
+    return wide.fill(low=plain.low, high=plain.high, grid_low=2 * plain.low, grid_high=2 * plain.high)
+
+
 def weight(out: int, columns: int, bits: int, symmetric: bool) -> QuantizedWeight:
     codes = torch.randint(0, 2**bits, (out, columns), generator=draws(1), dtype=torch.uint8)
     scale = (torch.rand(out, 1, generator=draws(2)) * 0.05 + 0.01).half()
@@ -71,7 +78,7 @@ def test_a_row_takes_the_bound_nearest_to_its_largest_probability() -> None:
 
 def test_permuting_channels_permutes_groups_and_changes_no_value() -> None:
     x = activations()
-    quantizer = over(x, 4)
+    quantizer = widened(x, 4)
     order = torch.randperm(x.shape[-1], generator=draws(3))
     assert torch.equal(quantizer.assign(x[..., order]), quantizer.assign(x)[..., order])
     assert torch.equal(quantizer(x[..., order]), quantizer(x)[..., order])
@@ -80,7 +87,7 @@ def test_permuting_channels_permutes_groups_and_changes_no_value() -> None:
 @pytest.mark.parametrize("axis", ["channels", "rows"])
 def test_an_image_is_quantized_alike_in_any_company(axis: str) -> None:
     x = activations().relu().softmax(-1) if axis == "rows" else activations()
-    quantizer = over(x, 4) if axis == "channels" else GroupedQuantizer(4, 3, "rows")
+    quantizer = widened(x, 4) if axis == "channels" else GroupedQuantizer(4, 3, "rows")
     if axis == "rows":
         quantizer.fill(high=torch.tensor([0.1, 0.3, 0.9]))
     together = quantizer(x)
@@ -103,17 +110,19 @@ def test_integer_products_by_group_add_up_to_the_simulated_layer(
     bits: int, weight_bits: int, symmetric: bool
 ) -> None:
     x, bias = activations(), torch.randn(10, generator=draws(4))
-    quantizer, w = over(x, bits), weight(10, x.shape[-1], weight_bits, symmetric)
-    simulated = nn.functional.linear(quantizer(x), w.dequantize(), bias)
-    integer = integer_linear(x, quantizer, w, bias)
-    assert float((integer - simulated).norm() / simulated.norm()) < 1e-5
+    w = weight(10, x.shape[-1], weight_bits, symmetric)
+    for quantizer in (over(x, bits), widened(x, bits)):
+        simulated = nn.functional.linear(quantizer(x), w.dequantize(), bias)
+        integer = integer_linear(x, quantizer, w, bias)
+        assert float((integer - simulated).norm() / simulated.norm()) < 1e-5
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_integer_attention_scales_output_rows(bits: int) -> None:
     p = torch.randn(2, 3, 7, 7, generator=draws(5)).mul(3).softmax(-1)
     value = torch.randn(2, 3, 7, 4, generator=draws(6)) + 0.5
-    rows = GroupedQuantizer(bits, 3, "rows").fill(high=torch.tensor([0.2, 0.5, 1.0]))
+    rows = GroupedQuantizer(bits, 3, "rows", widened=True)
+    rows.fill(high=torch.tensor([0.2, 0.5, 1.0]), grid_high=torch.tensor([0.3, 0.7, 1.0]))
     low, high = value.amin((0, 2, 3)), value.amax((0, 2, 3))
     values = UniformQuantizer.covering(low[:, None, None], high[:, None, None], bits)
     simulated = rows(p) @ values(value)
@@ -149,12 +158,32 @@ def test_a_grid_of_its_own_keeps_a_channel_within_a_step() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_description_and_the_buffers_are_the_whole_quantizer(dtype: torch.dtype) -> None:
     x = activations().to(dtype)
-    quantizer = over(x.float(), 6)
-    copy = from_description(quantizer.describe())
-    copy.load_state_dict(quantizer.state_dict())
-    assert torch.equal(copy(x), quantizer(x))
-    assert copy(x).dtype == dtype
-    assert copy(x).shape == x.shape
+    for quantizer in (over(x.float(), 6), widened(x.float(), 6)):
+        copy = from_description(quantizer.describe())
+        copy.load_state_dict(quantizer.state_dict())
+        assert torch.equal(copy(x), quantizer(x))
+        assert copy(x).dtype == dtype
+        assert copy(x).shape == x.shape
+
+
+def test_a_description_of_a_checkpoint_from_before_grids_were_widened_still_loads() -> None:
+    x = activations()
+    plain = over(x, 4)
+    description = {key: value for key, value in plain.describe().items() if key != "widened"}
+    copy = from_description(description)
+    copy.load_state_dict(plain.state_dict())
+    assert torch.equal(copy(x), plain(x))
+
+
+def test_a_widened_grid_clips_nothing_that_its_bounds_would() -> None:
+    x = torch.tensor([[[-1.0, 8.0], [3.0, 0.0]]])  # channels over [-1, 3] and [0, 8]
+    plain = GroupedQuantizer(8, 2, "channels").fill(low=torch.tensor([-1.0, 0]), high=torch.tensor([2.0, 7]))
+    wide = GroupedQuantizer(8, 2, "channels", widened=True).fill(
+        low=plain.low, high=plain.high, grid_low=plain.low, grid_high=torch.tensor([3.0, 8])
+    )
+    assert torch.equal(wide.assign(x), plain.assign(x))
+    assert plain(x).amax().item() == pytest.approx(7)
+    torch.testing.assert_close(wide(x), x, atol=0.02, rtol=0)
 
 
 def test_run_time_operations_are_ranges_and_distances() -> None:

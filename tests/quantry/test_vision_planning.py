@@ -247,3 +247,31 @@ def test_ptq4vit_holds_what_enters_every_block() -> None:
 
     fisher, plain = (peak({"method": "ptq4vit", "bits": 4, "metric": metric}) for metric in ("fisher", "mse"))
     assert fisher > plain == peak({"method": "uniform", "bits": 4})
+
+
+@pytest.mark.parametrize(("name", "share"), [("vit", 0.01), ("deit", 0.01), ("swin", 0.02)])
+def test_a_budget_that_the_fewest_groups_exceed_is_refused(name: str, share: float) -> None:
+    def recipe(share: float) -> list[dict[str, Any]]:
+        igq = {"method": "igq", "bits": 4, "groups": 8, "allocation": "ilp", "overhead_max": share}
+        return [{"method": "rtn", "bits": 4}, igq]
+
+    body = {"bits": None, "method": None, "recipe": None}
+    request = {k: v for k, v in REQUEST.items() if k not in body} | {"evaluation": IMAGES}
+    found, tensors = tiny(name)
+    with pytest.raises(SpecError, match=r"2 groups of every operand take") as caught:
+        plan_vision(JobRequest(**request, recipe=recipe(share)).resolve(), found, tensors)
+    assert caught.value.path == "recipe.1.overhead_max"
+    plan_vision(JobRequest(**request, recipe=recipe(50)).resolve(), found, tensors)
+
+
+@pytest.mark.parametrize(
+    ("changes", "stage"),
+    [({"window_size": 9}, "8x8 patches of stage 0"), ({"image_size": [20, 8]}, "5x2 patches of stage 1")],
+)
+def test_a_swin_with_a_window_that_is_wider_than_its_map_is_refused(
+    changes: dict[str, Any], stage: str
+) -> None:
+    """Its bias has the size of the window and its attention that of the map: transformers itself does not run it."""
+    with pytest.raises(SpecError, match=f"window_size . is more than the {stage}") as caught:
+        planned("swin", config={"window_size": 3, **changes})
+    assert caught.value.path == "model"

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from quantry.checkpoint import CheckpointError, load
 from quantry.jobs import Rejected, Succeeded
+from quantry.reports import Report
 from quantry.requests import JobRequest
 from worker.activations import calibrate_activations
 from worker.errors import DatasetError, ModelError, NonFiniteError, RecipeError
@@ -38,6 +39,17 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"method": "rtn", **GRID},
         {"method": "uniform", **GRID},
         {"method": "bias_compensation", "granularity": "position_channel", "targets": "published"},
+    ],
+    "products": [
+        {"method": "rtn", **GRID},
+        {"method": "uniform", **GRID},
+        {
+            "method": "bias_compensation",
+            "granularity": "position_channel",
+            "targets": "published",
+            "levels": ["module", "products"],
+        },
+        {"method": "softmax_bias"},
     ],
 }
 
@@ -110,6 +122,25 @@ def test_the_pooler_of_a_pretrained_network_is_left_out(workspace: Workspace) ->
     assert isinstance(quantize(workspace, request), Succeeded)
     written = load_file(workspace.artifact / "model.safetensors")
     assert not any("pooler" in name for name in written)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", ["gelu"]),
+        ("layer_norm_eps", "x"),
+        ("id2label", {name: name for name in "abcde"}),
+        ("torch_dtype", "banana"),
+        ("return_dict", False),
+    ],
+)
+def test_odd_values_in_the_config_are_named(field: str, value: object, workspace: Workspace) -> None:
+    request = job(workspace, "vit", RECIPES["uniform"])
+    file = workspace.model_roots[0] / "model" / "config.json"
+    config = json.loads(file.read_text()) | {field: value}
+    file.write_text(json.dumps({k: v for k, v in config.items() if k != "dtype" or field != "torch_dtype"}))
+    with pytest.raises(ModelError, match=r"config\.json"):
+        prepare(request.resolve(), workspace, Progress(io.StringIO()))
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -185,6 +216,28 @@ def test_compensation_takes_the_mean_error_away(workspace: Workspace) -> None:
     assert max(after) < 1e-4
 
 
+@pytest.mark.parametrize("family", ["vit", "swin"])
+def test_biases_of_products_are_stored_counted_and_loaded(family: str, workspace: Workspace) -> None:
+    def quantized(levels: list[str]) -> Report:
+        form = {"granularity": "position_channel", "targets": "published", "levels": levels}
+        recipe = [*RECIPES["uniform"], {"method": "bias_compensation", **form}]
+        return quantize(workspace, job(workspace, family, recipe)).report
+
+    plain = quantized(["module"])
+    report = quantized(["module", "products"])
+    assert float(report.verification["relative_difference"]) < 1e-4
+    tensors = load_file(workspace.artifact / "model.safetensors")
+    added = [tensor for name, tensor in tensors.items() if name.endswith(("scores.bias", "context.bias"))]
+    assert len(added) == 2 * (2 if family == "vit" else 3)
+    assert all(tensor.any() for tensor in added)
+    size = 4 * sum(tensor.numel() for tensor in added)
+    assert report.size.added_bias_bytes - (plain.size.added_bias_bytes or 0) == size
+    assert report.size.effective_bits - plain.size.effective_bits == pytest.approx(
+        8 * size / report.size.quantized_weights
+    )
+    assert float(str(report.estimate["effective_bits"])) >= report.size.effective_bits - 1e-3
+
+
 def test_the_accuracy_gate_rejects(workspace: Workspace) -> None:
     recipe = [{"method": "rtn", "bits": 2}, {"method": "uniform", "bits": 2}]
     request = job(workspace, "vit", recipe, accept={"accuracy_drop_max": 0})
@@ -205,6 +258,24 @@ def test_the_accuracy_gate_rejects(workspace: Workspace) -> None:
             "recipe.1.levels",
         ),
         ([{"method": "rtn", "bits": 4, "group_size": 24}], {}, "recipe.0.group_size"),
+        (
+            [*RECIPES["uniform"], {"method": "bias_compensation", "levels": ["module", "products"]}],
+            {},
+            "recipe.2.levels",
+        ),
+        (
+            [
+                {"method": "rtn", "bits": 4},
+                {
+                    "method": "bias_compensation",
+                    "granularity": "position_channel",
+                    "targets": "published",
+                    "levels": ["products"],
+                },
+            ],
+            {},
+            "recipe.1.levels",
+        ),
         ([{"method": "rtn", "bits": 8}, {"method": "smoothquant"}], {}, "recipe.1"),
         (RECIPES["uniform"], {"compute_dtype": "bfloat16"}, "compute_dtype"),
         (RECIPES["uniform"], {"accept": {"perplexity_increase_max": 0.1}}, "accept.perplexity_increase_max"),

@@ -25,10 +25,11 @@ from quantry.labels import LabelsError, check_files, parse_labels
 from quantry.npz import ImageArrays, Split, read_layout
 from worker.calibration.image_files import archive_files, decode_image, folder_files
 from worker.errors import DatasetError, ModelError
-from worker.models.source import Role, dataset_path, shown_name
+from worker.models.source import Role, dataset_path, refusing, shown_name
 from worker.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
+MAX_SIDE = 4096  # pixels that a processor may make
 TOLD = 64  # images after which progress is told again
 Tell = Callable[[int, int], None]  # hears (done, total), of images
 ORDER_SEED = 7  # of the one order that labelled runs are shuffled into
@@ -269,12 +270,18 @@ def _processor(folder: Path) -> Any:
         raise ModelError(
             f"{folder.name} has no {file}: it says how images become pixels; add it to the folder"
         )
-    try:
-        return AutoImageProcessor.from_pretrained(
+    with refusing(folder, file):
+        processor = AutoImageProcessor.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, backend="pil"
         )
-    except (OSError, ValueError, TypeError, KeyError, ImportError) as error:
-        raise ModelError(f"{folder.name}/{file} cannot be used: {str(error).splitlines()[0]}") from error
+    for key in ("size", "crop_size", "pad_size"):
+        sides = getattr(processor, key, None)
+        for side in dict(sides).values() if sides else ():
+            if isinstance(side, int) and side > MAX_SIDE:
+                raise ModelError(
+                    f"{folder.name}/{file}: {key} has {side} pixels; the limit is {MAX_SIDE} a side"
+                )
+    return processor
 
 
 def _channels(images: ImageSet, index: int, channels: int) -> Array:
@@ -296,7 +303,7 @@ def _processed(processor: Any, image: Array, name: str, folder: Path) -> Tensor:
     """One image (H, W, channels) by the image processor: (channels, H, W) float32. Raises ModelError."""
     try:
         made = processor([image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
-    except (ValueError, TypeError, KeyError) as error:
+    except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise ModelError(
             f"{folder.name}/preprocessor_config.json cannot process {name}: {str(error).splitlines()[0]}"
         ) from error

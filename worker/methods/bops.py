@@ -17,8 +17,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from quantry.quantizers.activation import FLOAT_BITS, ActivationQuantizer, TokenQuantizer
+from quantry.base import FLOAT_BITS
+from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer
 from quantry.quantizers.grouped import Axis, GroupedQuantizer
+from quantry.vision_products import IMAGE_BITS
 from worker.methods.activations import observe
 from worker.models.vision import Operand, VisionModel
 
@@ -28,7 +30,6 @@ AXES: dict[str, Axis] = {  # how an operand is grouped, by its kind; the others 
     "post_activation": "channels",
     "probabilities": "rows",
 }
-IMAGE_BITS = 8
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """IGQ-ViT: a few grids per operand, which every image deals its channels and softmax rows out to.
 
 Moon et al., "Instance-Aware Group Quantization for Vision Transformers", CVPR 2024, arXiv:2404.00928.
-Bounds minimise the squared distance to the ranges seen in calibration, by alternating assignments and means.
+Bounds minimise the squared distance to the ranges seen in calibration, by alternating assignments and means; the grids
+of the groups are the bounds, as published, or reach further.
 The number of grids is the same everywhere, or chosen for each operand by integer programming within a budget of
 bit operations: those of the same number everywhere, or what the user states. Q, K and V get one static grid a
 head; the head's input, a single token, one in all. In Swin's attention a window is grouped as an image is elsewhere.
@@ -23,6 +24,7 @@ from torch import Tensor
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep
+from quantry.vision_products import group_counts, shortfall
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import (
     Calibrated,
@@ -35,11 +37,10 @@ from worker.methods.activations import (
     silent,
 )
 from worker.methods.bops import AXES, model_products
+from worker.methods.igq_bounds import fit_bounds, widen
 from worker.models.vision import Operand, VisionModel
 
-QUARTERS = (1, 2, 3, 4, 5, 6, 8)  # of the uniform number of groups: what an operand may be given instead
-
-Candidates = Mapping[int, ActivationQuantizer]  # one operand's quantizers by number of groups
+Candidates = Mapping[int, GroupedQuantizer]  # one operand's quantizers by number of groups
 
 
 @torch.no_grad()
@@ -55,6 +56,9 @@ def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
     static = {o.name: _static(ranges[o.name], step) for o in model.operands if o.kind not in (*AXES, "image")}
     images.begin("bounds")
     grouped = _candidates(model, ranges, step, images.tell)
+    if step.bounds == "widened":
+        images.begin("grids")
+        grouped = _widened(model, images, grouped, ranges)
     groups = dict.fromkeys(grouped, step.groups)
     if budget is not None:
         groups = _allocated(model, images, grouped, budget)
@@ -64,9 +68,8 @@ def calibrate(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
 @torch.no_grad()
 def upper_bound(model: VisionModel, images: Images, step: IgqStep) -> Calibrated:
     """What more groups approach: a grid for each channel and row of an image, found when it runs. To compare."""
-    quantizers = calibrate(
-        model, images, step.model_copy(update={"groups": 1, "allocation": "uniform", "overhead_max": None})
-    ).quantizers
+    plain = {"groups": 1, "bounds": "mean", "allocation": "uniform", "overhead_max": None}
+    quantizers = calibrate(model, images, step.model_copy(update=plain)).quantizers
     for operand in model.operands:
         if operand.kind in AXES:
             bits = quantizers[operand.name].bits
@@ -123,63 +126,26 @@ def _candidates(
 ) -> dict[str, Candidates]:
     """The quantizers of every operand that is grouped, a few numbers of groups each."""
     operands, counts = [o for o in model.operands if o.kind in AXES], group_counts(step)
-    grouped: dict[str, dict[int, ActivationQuantizer]] = {operand.name: {} for operand in operands}
+    grouped: dict[str, dict[int, GroupedQuantizer]] = {operand.name: {} for operand in operands}
     for done, (operand, groups) in enumerate(itertools.product(operands, counts), 1):
         grouped[operand.name][groups] = _grouped(operand, ranges[operand.name], groups, step)
         tell(done, len(operands) * len(counts))
     return dict(grouped)
 
 
-def _grouped(operand: Operand, points: Tensor, groups: int, step: IgqStep) -> ActivationQuantizer:
+def _grouped(operand: Operand, points: Tensor, groups: int, step: IgqStep) -> GroupedQuantizer:
     bits = step.softmax_bits or step.bits if operand.kind == "probabilities" else step.bits
     bounds, _ = fit_bounds(points, groups, step.iterations)
     quantizer = GroupedQuantizer(bits, groups, AXES[operand.kind]).to(points.device)
     return quantizer.fill(low=bounds[:, 0], high=bounds[:, 1])
 
 
-def fit_bounds(points: Tensor, groups: int, iterations: int) -> tuple[Tensor, list[float]]:
-    """Minimise sum_p min_i |p - (l_i, u_i)|^2 by alternating assignments (E) and means (M).
-
-    Starts from equal parts of the points in order of their widths; ends early when no assignment changes.
-
-    Args:
-        points: (P, 2), the (min, max) of channels; of softmax rows, (0, max).
-    Returns: the bounds (l, u), (groups, 2) float64, and the objective after each E-step, which never rises.
-    """
-    points = points.double()
-    order = (points[:, 1] - points[:, 0]).argsort(stable=True)
-    group = torch.empty_like(order)
-    group[order] = torch.arange(len(points), device=points.device) * groups // len(points)
-    objective: list[float] = []
-    for _ in range(iterations):
-        bounds = _means(points, group, groups)
-        distance = (points[:, :1] - bounds[:, 0]).square_() + (points[:, 1:] - bounds[:, 1]).square_()
-        nearest = distance.min(1)
-        objective.append(float(nearest.values.sum()))
-        if torch.equal(nearest.indices, group):
-            break
-        group = nearest.indices
-    return bounds, objective
-
-
-def _means(points: Tensor, group: Tensor, groups: int) -> Tensor:
-    """The mean of each group's points; an empty group takes a point that lies farthest from its mean."""
-    member = torch.nn.functional.one_hot(group, groups).T.double()
-    size = member.sum(1, keepdim=True)
-    means = (member @ points) / size.clamp(min=1)
-    empty = (size.squeeze(1) == 0).nonzero().squeeze(1)
-    if len(empty):
-        distance = (points - means[group]).square().sum(1)
-        farthest = distance.argsort(descending=True, stable=True)
-        means[empty] = points[farthest[torch.arange(len(empty), device=points.device) % len(points)]]
-    return means
-
-
-def group_counts(step: IgqStep) -> tuple[int, ...]:
-    """The numbers of groups to fit: one, or from a quarter to twice of it; 2, 4, 6, 8, 10, 12, 16 around 8."""
-    if step.allocation == "uniform":
-        return (step.groups,)
-    return tuple(sorted({max(1, round(quarters * step.groups / 4)) for quarters in QUARTERS}))
+def _widened(
+    model: VisionModel, images: Images, grouped: Mapping[str, Candidates], ranges: Mapping[str, Tensor]
+) -> dict[str, Candidates]:
+    fitted = {name: tuple(counts.values()) for name, counts in grouped.items()}
+    found = widen(model, images.pixels, fitted, ranges, images.tell)
+    return {name: dict(zip(counts, found[name], strict=True)) for name, counts in grouped.items()}
 
 
 @dataclass(frozen=True)
@@ -207,12 +173,9 @@ def budget_of(model: VisionModel, images: Images, step: IgqStep) -> Budget:
     softmax_bits = step.softmax_bits or step.bits
     base = sum(p.operations(images.weights.bits, step.bits, softmax_bits) for p in products)
     least = sum(cost[0] for cost in costs.values())
-    if least > step.overhead_max * base:
-        raise RecipeError(
-            f"igq.overhead_max: {step.overhead_max:.2%} of the bit operations is less than the {least / base:.2%} that "
-            f"{counts[0]} group{'s' if counts[0] > 1 else ''} of every operand take, the fewest around {step.groups}: "
-            "allow more, or give fewer groups"
-        )
+    reason = shortfall(step, least / base)
+    if reason:
+        raise RecipeError(f"igq.overhead_max: {reason}")
     return Budget(step.overhead_max * base, costs)
 
 

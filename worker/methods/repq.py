@@ -1,4 +1,4 @@
-"""RepQ-ViT: a grid for each channel after LayerNorm, folded into one; square-root-of-two logarithms after softmax.
+"""RepQ-ViT: a grid for each channel after LayerNorm, folded into one; powers of sqrt(2) after softmax.
 
 Li, Xiao, Yang, Gu, "RepQ-ViT: Scale Reparameterization for Post-Training Quantization of Vision
 Transformers", ICCV 2023, arXiv:2212.08254. Every range is a percentile, chosen by squared error.
@@ -20,6 +20,7 @@ from quantry.quantizers.logarithmic import LogQuantizer
 from quantry.recipe import RepqStep
 from worker.errors import NonFiniteError
 from worker.methods.activations import Calibrated, Images, observe
+from worker.methods.repq_softmax import Grids, of_least_error
 from worker.models.vision import Operand, VisionModel
 
 PERCENTILES = (0.999, 0.9999, 0.99999)
@@ -39,15 +40,20 @@ def calibrate(model: VisionModel, images: Images, step: RepqStep) -> Calibrated:
     """
     quantizers: dict[str, ActivationQuantizer] = dict(reparameterize_norms(model, images, step.bits))
     done, total = len(quantizers), len(model.operands) - 1
+    softmax: dict[str, Grids] = {}
     others = [o for o in model.operands if o.kind != "image" and o.name not in quantizers]
     for operand, sample in sampled(model, images, others):
         if operand.kind == "probabilities":
-            quantizers[operand.name] = sqrt2_quantizer(sample, step.softmax_bits or step.bits)
+            bits = step.softmax_bits or step.bits
+            softmax[operand.name] = sqrt2_quantizer(sample, bits), uniform_quantizer(operand, sample, bits)
         else:
             quantizers[operand.name] = uniform_quantizer(operand, sample, step.bits)
         done += 1
         images.tell(done, total)
-    return Calibrated(quantizers)
+    if step.softmax == "log":
+        return Calibrated(quantizers | {name: grids[0] for name, grids in softmax.items()})
+    images.begin("softmax grids")
+    return Calibrated(quantizers | of_least_error(model, images, softmax))
 
 
 # Percentile search.

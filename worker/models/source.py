@@ -43,7 +43,8 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).replace(str(folder), folder.name).split())[:400]
+        said = " ".join(str(error).replace(str(folder), folder.name).split())
+        said = said if len(said) <= 400 else said[:400] + " ..."
         reason = said or type(error).__name__
         raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
 

@@ -109,7 +109,8 @@ class VisionModel:
 
     def __init__(self, folder: Path, *, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
         self.folder, self.device, self.dtype = folder, device, dtype
-        self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with refusing(folder, "config.json"):
+            self.config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self.family: VisionFamily = vision_family_of(self.config.to_dict())
         self.network = load_classifier(folder, dtype)
         self.network.eval().requires_grad_(False).to(device)
@@ -256,9 +257,9 @@ class VisionModel:
                 for i, layer in enumerate(layers)
             ]
         blocks = []
-        patch = self.config.patch_size
-        _, *size = self.image_shape
-        height, width = (-(-side // patch) for side in size)  # the stem pads what is left over
+        patches = self.network.get_submodule(self.family.stem).kernel_size
+        sides = zip(self.image_shape[1:], patches, strict=True)
+        height, width = (-(-side // patch) for side, patch in sides)  # the stem pads what is left over
         for i, stage in enumerate(layers):
             call = BlockCall(((height, width),), {})
             path = f"{self.family.layers}.{i}"

@@ -284,6 +284,23 @@ def test_pixels_refuse_what_does_not_fit(workspace: Workspace, tmp_path: Path) -
         pixels(images, tmp_path / "m", 3)  # its mean is of one channel
     with pytest.raises(ModelError, match=r"has no preprocessor_config.json"):
         pixels(images, tmp_path, 3)
-    (tmp_path / "m" / "preprocessor_config.json").write_text("{")
-    with pytest.raises(ModelError, match=r"m/preprocessor_config.json cannot be used"):
-        pixels(images, tmp_path / "m", 3)
+    for content in ("{", "[]", '{"image_processor_type": "Foo", "model_type": 3}'):
+        (tmp_path / "m" / "preprocessor_config.json").write_text(content)
+        with pytest.raises(
+            ModelError, match=r"^m: transformers cannot use preprocessor_config.json"
+        ) as caught:
+            pixels(images, tmp_path / "m", 3)
+        assert str(tmp_path) not in str(caught.value)
+        assert len(str(caught.value)) < 500
+
+
+@pytest.mark.parametrize("field", ["size", "crop_size"])
+def test_a_processor_that_makes_huge_images_is_refused_before_it_makes_one(
+    field: str, workspace: Workspace, tmp_path: Path
+) -> None:
+    save(workspace, "x.npz", images=COLOUR)
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    config = {"image_processor_type": "CLIPImageProcessor", field: {"height": 100_000, "width": 8}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{field} has 100000 pixels; the limit is 4096 a side"):
+        pixels(images, tmp_path, 3)

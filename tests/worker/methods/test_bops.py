@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,9 @@ import torch
 
 from quantry.quantizers.activation import ActivationQuantizer, TokenQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import GroupedQuantizer
+from quantry.recipe import IgqStep
+from quantry.vision import vision_family_of
+from quantry.vision_products import least_overhead, products
 from worker.methods.bops import AXES, Product, block_products, count, model_products
 from worker.models.vision import VisionModel
 
@@ -24,11 +28,11 @@ def grouped(products: Iterable[Product], groups: int) -> dict[str, ActivationQua
 
 @pytest.mark.parametrize(("groups", "share"), [(8, 0.0170), (12, 0.0249), (16, 0.0328)])
 def test_grouping_a_deit_b_costs_what_is_published(groups: int, share: float) -> None:
-    products = block_products(tokens=197, width=768, hidden=3072, heads=12, depth=12)
-    linear = [product for product in products if product.kind in LINEAR]
-    everywhere = grouped(products, groups)
+    blocks = block_products(tokens=197, width=768, hidden=3072, heads=12, depth=12)
+    linear = [product for product in blocks if product.kind in LINEAR]
+    everywhere = grouped(blocks, groups)
     assert count(linear, everywhere, weight_bits=4, bits=4).share == pytest.approx(share, abs=5e-5)
-    assert count(products, everywhere, weight_bits=4, bits=4).share < 0.04
+    assert count(blocks, everywhere, weight_bits=4, bits=4).share < 0.04
 
 
 def test_a_product_counts_bits_of_both_factors() -> None:
@@ -42,12 +46,12 @@ def test_a_product_counts_bits_of_both_factors() -> None:
 
 
 def test_static_grids_add_nothing() -> None:
-    products = block_products(tokens=5, width=8, hidden=16, heads=2, depth=1)
-    static = {name: UniformQuantizer(4, []) for p in products for name in (p.operand, p.right) if name}
-    assert count(products, {}, weight_bits=4, bits=4).overhead == 0
-    assert count(products, static, weight_bits=4, bits=4).overhead == 0
-    fc1 = next(p for p in products if p.operand == "0.fc1")
-    one = count(products, {"0.fc1": GroupedQuantizer(4, 2, "channels")}, weight_bits=4, bits=4)
+    blocks = block_products(tokens=5, width=8, hidden=16, heads=2, depth=1)
+    static = {name: UniformQuantizer(4, []) for p in blocks for name in (p.operand, p.right) if name}
+    assert count(blocks, {}, weight_bits=4, bits=4).overhead == 0
+    assert count(blocks, static, weight_bits=4, bits=4).overhead == 0
+    fc1 = next(p for p in blocks if p.operand == "0.fc1")
+    one = count(blocks, {"0.fc1": GroupedQuantizer(4, 2, "channels")}, weight_bits=4, bits=4)
     assert one.overhead == fc1.overhead(grouped([fc1], 2)) > 0
 
 
@@ -90,3 +94,40 @@ def test_windows_are_instances(tmp_path: Path) -> None:
 
 def _sizes(product: Product) -> tuple[str, int, int, int, int]:
     return product.kind, product.instances, product.rows, product.inner, product.columns
+
+
+SIZES: list[tuple[str, dict[str, object]]] = [
+    ("vit", {}),
+    ("vit", {"image_size": 18, "num_channels": 1, "num_labels": 1}),
+    ("deit", {"image_size": [16, 24], "head_dim": 12}),
+    ("dinov2", {}),
+    ("swin", {}),
+    ("swin", {"image_size": 15, "mlp_ratio": 1.5}),
+    ("swin", {"image_size": [30, 18], "window_size": 3, "depths": [1, 1, 1], "num_heads": [2, 2, 4]}),
+    ("swin", {"image_size": [16, 24], "patch_size": [2, 4], "window_size": 3}),
+]
+
+
+@pytest.mark.parametrize(("name", "changes"), SIZES)
+def test_products_from_the_config_are_those_of_the_network(
+    name: str, changes: dict[str, object], tmp_path: Path
+) -> None:
+    """Patches, windows that are padded or wider than the map, merged patches: what the planner counts is what runs."""
+    folder = factories.write_classifier(tmp_path, name, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    model = VisionModel(folder, device=torch.device("cpu"))
+    found = [(p.kind, p.instances, p.rows, p.inner, p.columns) for p in model_products(model)]
+    assert found == [tuple(p) for p in products(vision_family_of(config), config)]
+
+
+def test_the_least_overhead_from_the_config_is_that_of_the_worker(tmp_path: Path) -> None:
+    folder = factories.write_classifier(tmp_path, "swin")
+    model = VisionModel(folder, device=torch.device("cpu"))
+    step = IgqStep(bits=4, softmax_bits=6, groups=8, allocation="ilp")
+    config = json.loads((folder / "config.json").read_text())
+    counted = list(model_products(model))
+    grids = {p.operand: GroupedQuantizer(4, 2, AXES[p.kind]) for p in counted if p.kind in AXES}
+    expected = count(counted, grids, weight_bits=3, bits=4, softmax_bits=6).share
+    assert least_overhead(products(vision_family_of(config), config), step, 3) == pytest.approx(
+        expected, rel=1e-12
+    )

@@ -1,4 +1,4 @@
-"""IGQ-ViT: the fit of bounds, what groups buy, allocation by integer programming, and whole networks."""
+"""IGQ-ViT: what groups buy, allocation by integer programming, and whole networks."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from quantry.layers.operands import attached
 from quantry.quantizers.activation import ActivationQuantizer, UniformQuantizer
 from quantry.quantizers.grouped import ChannelQuantizer, GroupedQuantizer, extent
 from quantry.recipe import IgqStep, RtnStep
+from quantry.vision_products import group_counts
 from worker.errors import CalibrationError, NonFiniteError, RecipeError
 from worker.methods.activations import Images, quantized
 from worker.methods.bops import AXES, count, model_products
@@ -22,11 +23,10 @@ from worker.methods.igq import (
     allocate,
     calibrate,
     collect,
-    fit_bounds,
-    group_counts,
     perturbations,
     upper_bound,
 )
+from worker.methods.igq_bounds import fit_bounds
 from worker.models.vision import VisionModel
 
 
@@ -41,42 +41,6 @@ def load(folder: Path, name: str = "vit") -> VisionModel:
 def pictures(model: VisionModel, count: int = 6) -> Images:
     pixels = torch.randn(count, *model.image_shape, generator=draws(7))
     return Images(pixels, seed=0, weights=RtnStep(bits=4))
-
-
-@pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize("groups", [1, 2, 7])
-def test_the_objective_never_rises_and_ends_at_means(groups: int, seed: int) -> None:
-    high = torch.randn(400, generator=draws(seed)).exp()
-    points = torch.stack((-high * torch.rand(400, generator=draws(seed + 9)), high), 1)
-    bounds, objective = fit_bounds(points, groups, 200)
-    assert all(after <= before for before, after in itertools.pairwise(objective))
-    nearest = torch.cdist(points.double(), bounds).argmin(1)
-    means = torch.stack([points[nearest == i].double().mean(0) for i in range(groups)])
-    torch.testing.assert_close(bounds, means)
-
-
-def test_separated_clusters_are_found_exactly() -> None:
-    centres = torch.tensor([[-1.0, 1.0], [0.0, 9.0], [-30.0, 2.0], [-2.0, 60.0]])
-    points = centres.repeat_interleave(torch.tensor([20, 3, 50, 7]), dim=0)
-    shuffled = points[torch.randperm(len(points), generator=draws())]
-    bounds, objective = fit_bounds(shuffled, 4, 30)
-    assert objective[-1] == 0
-    found, wanted = sorted(bounds.tolist()), sorted(centres.tolist())
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted))
-
-
-def test_an_empty_group_takes_a_far_point() -> None:
-    points = torch.tensor([[0.0, 1.0]]).repeat(60, 1)  # the first parts all have the same mean
-    points[-2:] = torch.tensor([[0.0, 5.0], [-4.0, 5.0]])
-    bounds, objective = fit_bounds(points, 6, 30)
-    assert objective[-1] == pytest.approx(0, abs=1e-12)
-    assert {(0.0, 1.0), (0.0, 5.0), (-4.0, 5.0)} == {tuple(bound) for bound in bounds.tolist()}
-
-
-def test_more_groups_than_points_is_no_error() -> None:
-    bounds, objective = fit_bounds(torch.tensor([[-1.0, 1.0], [0.0, 3.0]]), 5, 10)
-    assert bounds.isfinite().all()
-    assert objective[-1] == 0
 
 
 def test_more_groups_come_closer_to_a_grid_for_each_channel() -> None:
@@ -208,11 +172,11 @@ def test_allocated_groups_are_never_worse_than_uniform_ones(tmp_path: Path) -> N
     allowed = count(products, uniform, weight_bits=4, bits=4).overhead
     assert 0 < spent <= allowed
     trials = len(names) * 7
-    assert begun[:3] == [("ranges", 0), ("bounds", 1), ("perturbations", 1 + trials)]
-    assert told[0] == (6, 6)
+    assert begun[:4] == [("ranges", 0), ("bounds", 1), ("grids", 1 + trials), ("perturbations", 2 + trials)]
+    assert told[0] == told[1 + trials] == (6, 6)
     assert told[1 : 1 + trials] == [(i + 1, trials) for i in range(trials)]
     forwards = 6 * (1 + trials)  # of six images, in one batch
-    assert told[1 + trials : 2 + 2 * trials] == [(6 * (i + 1), forwards) for i in range(1 + trials)]
+    assert told[2 + trials : 3 + 2 * trials] == [(6 * (i + 1), forwards) for i in range(1 + trials)]
 
 
 def test_a_stated_budget_holds_and_more_of_it_perturbs_less(tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from quantry.quantizers.logarithmic import LogQuantizer
 from quantry.recipe import RepqStep, RtnStep
 from worker.errors import NonFiniteError
 from worker.methods import repq
-from worker.methods.activations import Images, quantized
+from worker.methods.activations import Images, observe, quantized
 from worker.methods.repq import Fold, calibrate, channel_grid, fold_plan, percentile_search, reparameterize
+from worker.methods.repq_softmax import of_least_error
 from worker.models.vision import VisionModel
 
 PADDED = {"image_size": 20, "window_size": 4}  # 10x10 patches and windows of 4x4, then 5x5
@@ -113,13 +114,62 @@ def test_each_group_has_the_percentile_of_least_error(bits: int) -> None:
         torch.testing.assert_close(error(values, scale[group], zero[group]), min(errors))
 
 
+def product_errors(model: VisionModel, pixels: Tensor, grids: dict[str, nn.Module]) -> dict[str, float]:
+    """Squared error of P V by the operand P, with the float values; `pixels` are one batch."""
+    places = [place for name in grids for place in (name, value_of(name))]
+    seen: dict[str, Tensor] = {}
+    observe(model, pixels, {place: lambda x, place=place: seen.update({place: x}) for place in places})
+    return {
+        name: float(((grid(seen[name]) - seen[name]) @ seen[value_of(name)]).square().sum())
+        for name, grid in grids.items()
+    }
+
+
+def value_of(probabilities: str) -> str:
+    return f"{probabilities.removesuffix('probabilities')}value"
+
+
+@pytest.mark.parametrize("name", ["vit", "swin"])
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_the_grid_of_probabilities_is_the_better_one_for_the_product(
+    name: str, bits: int, tmp_path: Path
+) -> None:
+    pixels = images(load(tmp_path / "shape", name)).pixels
+    errors, kinds = {}, {}
+    for choice in ("log", "chosen"):
+        model = load(tmp_path / choice, name)
+        found = calibrate(model, images(model), RepqStep(bits=bits, softmax=choice)).quantizers
+        grids = {n: q for n, q in found.items() if n.endswith("probabilities")}
+        kinds[choice] = [type(grid) for grid in grids.values()]
+        errors[choice] = product_errors(model, pixels, dict(grids))
+    for operand, error in errors["chosen"].items():
+        assert error <= errors["log"][operand] * (1 + 1e-5)
+    assert set(kinds["log"]) == {LogQuantizer}
+    if bits == 8:  # evenly spaced steps are then 1/255, those of powers still a third of a value
+        assert set(kinds["chosen"]) == {UniformQuantizer}
+        assert sum(errors["chosen"].values()) < 0.01 * sum(errors["log"].values())
+
+
+def test_each_attention_is_given_its_own_grid(tmp_path: Path) -> None:
+    model = load(tmp_path, "vit")
+    names = [operand.name for operand in model.operands if operand.kind == "probabilities"]
+    good = LogQuantizer(4, []), UniformQuantizer(8, []).fill(scale=torch.tensor(1 / 255))
+    bad = (
+        LogQuantizer(4, []).fill(scale=torch.tensor(1e-6)),
+        UniformQuantizer(8, []).fill(scale=torch.tensor(9.0)),
+    )
+    grids = {name: (bad[0], good[1]) if i % 2 else (good[0], bad[1]) for i, name in enumerate(names)}
+    found = of_least_error(model, images(model), grids)
+    assert [found[name] is grids[name][i % 2] for i, name in enumerate(names)] == [True] * len(names)
+
+
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin"])
 def test_every_operand_but_the_images_gets_a_static_grid(name: str, tmp_path: Path) -> None:
     model = load(tmp_path, name)
     heard: list[tuple[int, int]] = []
     calibration = images(model)
     told = Images(calibration.pixels, 0, calibration.weights, lambda done, total: heard.append((done, total)))
-    found = calibrate(model, told, RepqStep(bits=4, softmax_bits=8)).quantizers
+    found = calibrate(model, told, RepqStep(bits=4, softmax_bits=8, softmax="log")).quantizers
     operands = {operand.name: operand for operand in model.operands if operand.kind != "image"}
     assert found.keys() == operands.keys()
     assert heard[-1] == (len(operands), len(operands))

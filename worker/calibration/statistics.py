@@ -12,7 +12,7 @@ from torch import Tensor
 from worker.errors import CalibrationError, NonFiniteError
 
 PRODUCT_TOKENS = 2048
-PANEL = 512  # columns
+PANEL = 256  # columns
 
 
 @dataclass

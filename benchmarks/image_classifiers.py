@@ -4,9 +4,10 @@ usage: python benchmarks/image_classifiers.py MODEL DATA.npz [--tables w8a8 w6a6
            [--seeds 0 1 2] [--samples 32] [--images 2000] [--weights published|gptq] [--stop-after SECONDS] [--show]
 
 `rtn` is round-to-nearest weights and min-max activations, `weights` quantizes weights only; `igq16` takes 16 groups,
-`igqbound` a grid for every channel and row of every image. A method with `+bc` adds bias compensation,
-`+published` the published form, a bias for each position of each layer. `--weights published` gives every method
-per-channel weights with a clip search (PTQ4ViT: its own), `gptq` gives it GPTQ on the quantized activations.
+`igqbound` a grid for every channel and row of every image; `repq:log` and `igq8:mean` are as published (decision 11).
+A method with `+bc` adds bias compensation, `+published` the published form, a bias for each position of each layer and
+of both products of attention. `--weights published` gives every method per-channel weights with a clip search (PTQ4ViT:
+its own), `gptq` gives it GPTQ on the quantized activations.
 
 Every run is kept in benchmarks/results (kept.py) and not computed again; seeds are taken in turn, so that a table of
 one seed is whole before the next begins. `--show` prints what is there already.
@@ -39,6 +40,7 @@ from worker.sweep import BlockSweep
 from worker.workspace import Workspace
 
 KEPT = Kept("image_classifiers")
+FORMS: dict[str, dict[str, Any]] = {"log": {"softmax": "log"}, "mean": {"bounds": "mean"}}
 METHODS = (
     "rtn",
     "ptq4vit",
@@ -46,14 +48,17 @@ METHODS = (
     "ptq4vit+published",
     "repq",
     "repq+bc",
+    "repq:log",
     "adalog",
     "adalog+bc",
     "igq8",
     "igq8+bc",
+    "igq8:mean",
 )
+UNIFORM = ("rtn", "ptq4vit", "repq", "repq:log", "adalog", "igq8", "igq8:mean")
 TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "w8a8": (8, ("rtn", "ptq4vit", "repq", "adalog", "igq8")),
-    "w6a6": (6, ("rtn", "ptq4vit", "repq", "adalog", "igq8")),
+    "w8a8": (8, UNIFORM),
+    "w6a6": (6, UNIFORM),
     "w4a4": (4, METHODS),
     "igq": (4, ("igq1", "igq2", "igq4", "igq8", "igq12", "igq16", "igqbound")),
 }
@@ -61,7 +66,8 @@ TABLES: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
     """The steps of a method; `rtn` and `uniform` share the min-max grids."""
-    base, _, correction = method.partition("+")
+    method, _, correction = method.partition("+")
+    base, _, form = method.partition(":")
     grid = {"bits": bits}
     if base == "rtn":
         steps = [{"method": "rtn", **grid}, {"method": "uniform", **grid}]
@@ -71,10 +77,15 @@ def recipe(method: str, bits: int, weights: str) -> list[dict[str, Any]]:
         name, groups = ("igq", base.removeprefix("igq")) if base.startswith("igq") else (base, "")
         groups = "1" if groups == "bound" else groups
         if name != "weights":
-            steps.append({"method": name, **grid, **({"groups": int(groups)} if groups else {})})
+            chosen: dict[str, Any] = {"groups": int(groups)} if groups else {}
+            steps.append({"method": name, **grid, **chosen, **FORMS.get(form, {})})
     if correction == "published":
-        form = {"granularity": "position_channel", "targets": "published", "levels": ["module"]}
-        return [*steps, {"method": "bias_compensation", **form}]
+        published_form = {
+            "granularity": "position_channel",
+            "targets": "published",
+            "levels": ["module", "products"],
+        }
+        return [*steps, {"method": "bias_compensation", **published_form}]
     return [*steps, {"method": "bias_compensation"}] if correction else steps
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantry.base import SpecError
-from quantry.checkpoint_checks import size_of
+from quantry.checkpoint_checks import architectures, size_of
 from quantry.vision import class_count
 
 FIRST = "the first layer: images stay in full precision"
@@ -240,10 +240,11 @@ def conv_family_of(config: Config) -> ConvFamily:
     if "auto_map" in config:
         raise SpecError("model", "config.json names remote code (`auto_map`); it is refused")
     family = CONV_FAMILIES[str(config.get("model_type"))]
-    wanted = config.get("architectures") or [family.architecture]
-    if not isinstance(wanted, list) or family.architecture not in wanted:
+    wanted = architectures(config)
+    if wanted and family.architecture not in wanted:
         raise SpecError(
-            "model", f"a {wanted} is not an image classifier; Quantry needs a {family.architecture}"
+            "model",
+            f"a {', '.join(map(str, wanted))} is not an image classifier; Quantry needs a {family.architecture}",
         )
     return family
 

@@ -73,6 +73,8 @@ def check_recipe(spec: JobSpec, family: PipelineFamily) -> None:
             raise SpecError(
                 f"{path}.granularity", "a bias per position is not made for denoisers: use `channel`"
             )
+        if isinstance(step, BiasCompensationStep) and step.levels not in (None, ("module",)):
+            raise SpecError(f"{path}.levels", "of a denoiser the layers are compensated: use `module`")
     if spec.format not in ("auto", "quantry"):
         raise SpecError(
             "format", f"{spec.format} has no place for a pipeline and its quantizers: use quantry"

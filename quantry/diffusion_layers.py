@@ -16,6 +16,7 @@ _TIME = re.compile(
 _TABLES = re.compile(
     r"(^|\.)(embedding_table|position_embedding|pos_embed)\.weight$|^class_embedding\.weight$"
 )
+MAX_LEVELS = 12  # each halves the latent, of 4096 pixels a side at most
 EDGES = ("conv_in", "conv_out", "pos_embed.proj", "proj_out_2")
 
 
@@ -56,8 +57,10 @@ def latent_shape(config: Mapping[str, Any]) -> tuple[int, int, int]:
             "1 to 4096",
         )
     widths = config.get("block_out_channels") or (0,)
-    if not isinstance(widths, list | tuple):
-        raise SpecError("model", f"unet/config.json: block_out_channels is {widths!r}, not a list")
+    if not isinstance(widths, list | tuple) or len(widths) > MAX_LEVELS:
+        raise SpecError(
+            "model", f"unet/config.json: block_out_channels must be a list of at most {MAX_LEVELS} widths"
+        )
     levels = len(widths) - 1
     levels = 0 if config.get("cross_attention_dim") else levels  # a UNet2DConditionModel fits what comes up
     wrong = next((side for side in sides if side % 2**levels), None)

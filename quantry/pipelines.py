@@ -79,6 +79,7 @@ class StepSelector:
         self._tables = [module for module in denoiser.modules() if isinstance(module, StepDependent)]
         self._correction = correction
         self._checked: tuple[Any, Any] | None = None
+        self._quieted: Any = None
         self._step = 0
 
     def watch(self) -> None:
@@ -138,8 +139,11 @@ class StepSelector:
                 raise self._refusal(f"its scheduler has {name} {scheduler.config.get(name)!r}")
         if [float(time) for time in times] != [float(time) for time in wanted["timesteps"]]:
             raise self._refusal("its scheduler has other timesteps")
-        if "noise" in wanted and "step" not in vars(scheduler):
+        if "noise" in wanted and scheduler is not self._quieted:
+            if "step" in vars(scheduler):
+                raise self._refusal("its scheduler's `step` was replaced, as by another quantized pipeline")
             self._quiet(scheduler)
+            self._quieted = scheduler
         self._checked = scheduler, times
 
     def _quiet(self, scheduler: Any) -> None:

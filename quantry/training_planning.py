@@ -35,6 +35,7 @@ from quantry.vision_layers import (
 )
 from quantry.vision_layers import tensor_shapes as vision_shapes
 from quantry.vision_planning import resolve_images
+from quantry.vision_products import check_windows
 
 MAX_TENSORS = 20_000  # ResNet-152 has a thousand
 TRAINED_FAMILIES = (*VISION_FAMILIES, "resnet", "mobilenet_v2", "cifar_resnet")
@@ -158,6 +159,7 @@ def _network(
     """Architecture, layers, size of each tensor by name, and the values of an image."""
     if is_vision(config):
         vision = vision_family_of(config)
+        check_windows(vision, config)
         shapes = _bounded(vision_shapes(vision, config))
         if checked:
             check_tensors(vision, config, tensors_in_memory(tensors))

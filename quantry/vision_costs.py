@@ -65,6 +65,7 @@ def _peak_memory(plan: VisionPlan, evaluated: int) -> int:
     All float32. The network is held as float, as round-to-nearest and as the result; a Hessian with its cross
     moments, its factor and a work copy. A stream starts as a copy of the pixels; one at a time is held as it was
     and as it will be. Fisher information takes what enters every block, and a gradient for each drawn label.
+    Biases of the attention's products are held beside their sums in float64.
     """
     calibrated = plan.spec.calibration.samples
     step = plan.spec.activation_step
@@ -75,7 +76,12 @@ def _peak_memory(plan: VisionPlan, evaluated: int) -> int:
     values = max(plan.pixels, plan.stream) * sum(streams) + min(plan.pixels, plan.stream) * max(streams)
     batch = 3 * _BATCH_IMAGES * plan.block_values
     return _RUNTIME_BYTES + 4 * (
-        3 * plan.parameters + pixels + max(values, walked) + batch + 4 * plan.widest**2
+        3 * plan.parameters
+        + pixels
+        + max(values, walked)
+        + batch
+        + 4 * plan.widest**2
+        + 3 * plan.product_biases
     )
 
 

@@ -47,6 +47,7 @@ class VisionPlan:
 
     widest: columns of a layer, at most. blocks: with stem and head. Of one image: pixels, all channels together;
     stream, the values between blocks, and block_values, those of the largest tensor inside one, at most.
+    product_biases: values of the biases on Q K^T and P V.
     """
 
     spec: JobSpec
@@ -63,6 +64,7 @@ class VisionPlan:
     pixels: int
     stream: int
     block_values: int
+    product_biases: int
     fp_bytes: int
     quantized_bytes: int
     effective_bits: float
@@ -93,7 +95,8 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         _layer_bits(spec, name, info, tokens, had_bias=f"{name.removesuffix('weight')}bias" in named)
         for name, info in layers.items()
     )
-    bits += _product_bits(spec, family, config)
+    products_of_attention = _product_bits(spec, family, config)
+    bits += products_of_attention
     weights = sum(info.numel for info in layers.values())
     kept = sum(4 * info.numel for name, info in named.items() if name not in layers)  # written as float32
     return VisionPlan(
@@ -111,10 +114,11 @@ def plan_vision(spec: JobSpec, config: Mapping[str, Any], tensors: Mapping[str, 
         pixels=pixel_count(family, config),
         stream=tokens * stem_width(family, config),
         block_values=block_values(family, config),
+        product_biases=products_of_attention // 32,
         fp_bytes=sum(info.nbytes for info in named.values()),
         quantized_bytes=kept + bits // 8,
         effective_bits=round(bits / weights, 4),
-        warnings=tuple(_warnings(resolved)),
+        warnings=tuple(_warnings(resolved, family)),
     )
 
 
@@ -170,7 +174,7 @@ def _product_bits(spec: JobSpec, family: VisionFamily, config: Mapping[str, Any]
     return sum(32 * heads * tokens * (tokens + width) for heads, tokens, width in attentions(family, config))
 
 
-def _warnings(spec: JobSpec) -> Iterator[str]:
+def _warnings(spec: JobSpec, family: VisionFamily) -> Iterator[str]:
     if spec.format == "quantry":
         yield "the quantry format loads in transformers after `import quantry`"
     elif spec.weight_step.bits <= 4 and spec.activation_step is None:
@@ -180,6 +184,8 @@ def _warnings(spec: JobSpec) -> Iterator[str]:
         )
     if spec.compensation and spec.compensation.granularity == "position_channel":
         yield "a bias per position is stored for every layer, in float32: it can outweigh the packed weights"
+        if family.model_type == "dinov2":
+            yield "sizes are those of config.json's image_size; the image processor may make images of another"
 
 
 def _check_recipe(spec: JobSpec, config: Mapping[str, Any]) -> None:

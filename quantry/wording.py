@@ -12,6 +12,7 @@ from quantry.recipe import (
     BiasCompensationStep,
     IgqStep,
     NoiseCorrectionStep,
+    RepqStep,
     SmoothquantStep,
     SoftmaxBiasStep,
     Step,
@@ -199,11 +200,12 @@ def spec_text(spec: JobSpec) -> str:
 def _step_text(step: Step) -> str:
     name = METHODS[step.method].name
     if isinstance(step, BiasCompensationStep):
-        return name + (" per position" if step.granularity == "position_channel" else "")
+        levels = f" ({', '.join(step.levels)})" if step.levels else ""
+        return name + (" per position" if step.granularity == "position_channel" else "") + levels
     if isinstance(step, SoftmaxBiasStep):
         return name
     if isinstance(step, NoiseCorrectionStep):
-        return f"{name} ({step.rule})"
+        return f"{name} ({step.rule}{', absorbing noise' if step.absorb else ''})"
     if isinstance(step, AccuquantStep):
         return f"{name}, {step.group} steps a group" + (
             ", exact gradient" if step.gradient == "exact" else ""
@@ -218,6 +220,8 @@ def _step_text(step: Step) -> str:
             words.append("asymmetric")
     elif isinstance(step, IgqStep):
         words.append(f"{step.groups} groups" + (", published bounds" if step.bounds == "mean" else ""))
+    elif isinstance(step, RepqStep) and step.softmax == "log":
+        words.append("published softmax")
     elif isinstance(step, UniformStep | SmoothquantStep):
         words.append(f"per {step.granularity}")
     if isinstance(step, ActivationGrid) and step.softmax_bits:

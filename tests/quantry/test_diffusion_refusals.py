@@ -25,6 +25,11 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"recipe": [{"method": "gptq", "bits": 4}]}, "recipe.0", "Hessian"),
     ({"recipe": [*ROUND, {"method": "smoothquant"}]}, "recipe.1", "does not work on diffusion"),
     ({"recipe": [{"method": "rtn", "bits": 4, "group_size": 32}]}, "recipe.0.group_size", "one scale a row"),
+    (
+        {"recipe": [*ROUND, {"method": "bias_compensation", "levels": ["module", "block"]}]},
+        "recipe.1.levels",
+        "use `module`",
+    ),
     ({"recipe": [{"method": "rtn", "bits": 4, "clip": "percentile"}]}, "recipe.0.clip", "none"),
     ({"recipe": [*ROUND, {"method": "uniform", "bits": 8, "range": "percentile"}]}, "recipe.1.range", "mse"),
     (
@@ -100,7 +105,11 @@ def test_what_cannot_work_is_refused_with_its_field(body: dict[str, Any], path: 
         ({"unet": {"num_class_embeds": 10}}, "model", "class-conditional"),
         ({"unet": {"quantization_config": {"a": 1}}}, "model", "already quantized"),
         ({"unet": {"_class_name": "UNet1DModel"}}, "model", "is of a UNet1DModel"),
-        ({"unet": {"block_out_channels": 8}}, "model", "block_out_channels is 8, not a list"),
+        (
+            {"unet": {"block_out_channels": 8}},
+            "model",
+            "block_out_channels must be a list of at most 12 widths",
+        ),
         ({"unet": {"patch_size": "x"}}, "model", "patch_size is 'x'"),
         ({"unet": {"time_cond_proj_dim": 8}}, "model", "time_cond_proj_dim is 8"),
         ({"unet": {"addition_embed_type": "text_time"}}, "model", "is run without"),

@@ -264,6 +264,24 @@ def test_a_budget_that_the_fewest_groups_exceed_is_refused(name: str, share: flo
     plan_vision(JobRequest(**request, recipe=recipe(50)).resolve(), found, tensors)
 
 
+def test_biases_of_the_products_take_memory_and_their_size_is_that_of_the_config() -> None:
+    form = {"granularity": "position_channel", "targets": "published"}
+
+    def with_levels(*levels: str, name: str = "vit") -> Estimate:
+        steps = [{"method": "rtn", "bits": 4}, {"method": "uniform", "bits": 4}]
+        steps.append({"method": "bias_compensation", **form, "levels": levels})
+        request = JobRequest(model="a/b", recipe=steps, calibration=IMAGES, evaluation=IMAGES)  # type: ignore[arg-type]
+        return estimated(plan_vision(request.resolve(), *tiny(name)), 10)
+
+    few, many = with_levels("module"), with_levels("module", "products")
+    stored = many.quantized_bytes - few.quantized_bytes
+    assert stored > 0
+    assert many.peak_memory_bytes - few.peak_memory_bytes == 3 * stored  # float64 sums beside float32 biases
+    warned = "sizes are those of config.json's image_size"
+    assert not any(warned in warning for warning in many.warnings)
+    assert any(warned in warning for warning in with_levels("module", name="dinov2").warnings)
+
+
 @pytest.mark.parametrize(
     ("changes", "stage"),
     [({"window_size": 9}, "8x8 patches of stage 0"), ({"image_size": [20, 8]}, "5x2 patches of stage 1")],

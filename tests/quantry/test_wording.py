@@ -16,7 +16,9 @@ from quantry.recipe import (
     BiasCompensationStep,
     GptqStep,
     IgqStep,
+    NoiseCorrectionStep,
     Ptq4vitStep,
+    RepqStep,
     RtnStep,
     SoftmaxBiasStep,
     Step,
@@ -214,3 +216,8 @@ def test_recipes() -> None:
     )
     assert recipe_text(recipe) == "GPTQ 3 bits, groups of 64, asymmetric + bias compensation per position"
     assert recipe_text((RtnStep(bits=8),)) == "RTN 8 bits"
+    noise = NoiseCorrectionStep(absorb=True)
+    assert recipe_text((RtnStep(bits=8), noise)).endswith("(ptqd, absorbing noise)")
+    assert recipe_text((RepqStep(bits=4, softmax="log"),)) == "RepQ-ViT 4 bits, published softmax"
+    levels = BiasCompensationStep(levels=("module", "block"))
+    assert recipe_text((levels,)) == "bias compensation (module, block)"

@@ -25,7 +25,7 @@ from quantry.labels import LabelsError, check_files, parse_labels
 from quantry.npz import ImageArrays, Split, read_layout
 from worker.calibration.image_files import archive_files, decode_image, folder_files
 from worker.errors import DatasetError, ModelError
-from worker.models.source import Role, dataset_path, refusing, shown_name
+from worker.models.source import Role, dataset_path, reason_of, refusing, shown_name
 from worker.workspace import Workspace
 
 Array = np.ndarray[Any, Any]
@@ -301,11 +301,18 @@ def _channels(images: ImageSet, index: int, channels: int) -> Array:
 
 def _processed(processor: Any, image: Array, name: str, folder: Path) -> Tensor:
     """One image (H, W, channels) by the image processor: (channels, H, W) float32. Raises ModelError."""
+    shortest = (getattr(processor, "size", None) or {}).get("shortest_edge")
+    height, width = image.shape[:2]
+    if shortest and shortest * max(height, width) > MAX_SIDE * min(height, width):
+        raise ModelError(
+            f"{folder.name}/preprocessor_config.json makes more than {MAX_SIDE} pixels a side of {name} with "
+            f"{height}x{width}: leave such long images out"
+        )
     try:
         made = processor([image], return_tensors="pt", input_data_format="channels_last")["pixel_values"]
     except (ArithmeticError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         raise ModelError(
-            f"{folder.name}/preprocessor_config.json cannot process {name}: {str(error).splitlines()[0]}"
+            f"{folder.name}/preprocessor_config.json cannot process {name}: {reason_of(error, folder)}"
         ) from error
     values: Tensor = made[0].float()
     return values

@@ -19,6 +19,7 @@ from quantry.diffusion_planning import DiffusionPlan
 from worker.diffusion.conditions import GuidedLabels, GuidedPrompts, Labelled, Predict, Unconditional
 from worker.diffusion.steps import Step, read_steps
 from worker.errors import ModelError, NonFiniteError, QuantizationError
+from worker.models.source import reason_of
 
 DECODED = 4  # latents that are made images of at once
 _UNREAD = "safety_checker"  # it looks at images, which are looked at here by figures
@@ -64,7 +65,7 @@ def load_pipeline(folder: Path, plan: DiffusionPlan, prompts: Prompts, device: t
     networks = _networks(folder, family)
     pipeline = _pipeline(folder, plan, networks)
     network = networks[family.denoiser]
-    with refusing(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
+    with blaming(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
         scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config
         )  # pipelines change settings
@@ -74,7 +75,7 @@ def load_pipeline(folder: Path, plan: DiffusionPlan, prompts: Prompts, device: t
         torch.nn.Module.to(module, device)  # that of diffusers warns, even of nothing
     predict = _predict(pipeline, plan, network, prompts)
     loaded = Loaded(network, scheduler, steps, predict, decoder, tuple(_warnings(pipeline, prompts)))
-    with refusing(f"{family.decoder} does not decode latents of {plan.latent}"):
+    with blaming(f"{family.decoder} does not decode latents of {plan.latent}"):
         image = loaded.images(torch.zeros(1, *plan.latent, device=device))
     if not torch.isfinite(image).all():
         raise NonFiniteError(f"{family.decoder} makes NaN or infinity of a latent of zeros")
@@ -95,9 +96,9 @@ def _pipeline(folder: Path, plan: DiffusionPlan, networks: Mapping[str, Any]) ->
     kind = getattr(diffusers, plan.family.name)
     extra = {"requires_safety_checker": False} if _UNREAD in plan.family.others else {}
     left_out = {_UNREAD: None} if _UNREAD in plan.family.others else {}
-    with refusing(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
+    with blaming(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):
         scheduler = make_scheduler(folder, plan)
-    with refusing(f"{folder.name} does not load"):
+    with blaming(f"{folder.name} does not load", folder):
         return kind.from_pretrained(
             folder,
             **networks,
@@ -114,7 +115,7 @@ def _predict(pipeline: Any, plan: DiffusionPlan, network: Any, prompts: Prompts)
     if plan.family.conditions == "class":
         return GuidedLabels(_classes(network), scale)
     if plan.family.conditions == "text":
-        with refusing("text_encoder does not read the prompts"):
+        with blaming("text_encoder does not read the prompts"):
             seen, nothing = _encoded(pipeline, prompts.calibration)
             unseen, _ = _encoded(pipeline, prompts.evaluation or prompts.calibration)
         return GuidedPrompts(seen, unseen, nothing, scale)
@@ -153,7 +154,7 @@ def _networks(folder: Path, family: PipelineFamily) -> dict[str, Any]:
     for part, (library, kind) in parts_of(index).items():
         if part == _UNREAD or not any((folder / part).glob("*.safetensors*")):
             continue
-        with refusing(f"{part} does not load"):
+        with blaming(f"{part} does not load", folder):
             network = _network(folder / part, library, kind, strict=part == family.denoiser)
         for name, value in network.state_dict().items():
             if value.is_floating_point() and not torch.isfinite(value).all():
@@ -176,12 +177,11 @@ def _network(folder: Path, library: str, kind: str, *, strict: bool) -> Any:
 
 
 @contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Whatever diffusers or transformers raises for a file of the checkpoint, as a ModelError after `what`."""
+def blaming(what: str, folder: Path = Path()) -> Iterator[None]:
+    """Whatever diffusers or transformers raises for a part of `folder`, as a ModelError after `what`."""
     try:
         yield
     except (QuantizationError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise ModelError(f"{what}: {said[0][:300]}") from error
+        raise ModelError(f"{what}: {reason_of(error, folder.absolute())}") from error

@@ -19,7 +19,7 @@ from quantry.jobs import State
 from worker.calibration.pieces import PieceStore
 from worker.calibration.texts import load_text
 from worker.diffusion.conditions import UNSEEN
-from worker.diffusion.pipelines import Loaded, Prompts, load_pipeline, refusing
+from worker.diffusion.pipelines import Loaded, Prompts, blaming, load_pipeline
 from worker.diffusion.quantizers import StepNetwork
 from worker.diffusion.trajectory import SeededNoise
 from worker.diffusion.unet import UNetLayer, layers_of
@@ -157,7 +157,7 @@ def _lines(ref: DatasetRef, role: Role, workspace: Workspace) -> list[str]:
 def _layers(loaded: Loaded, plan: DiffusionPlan, device: torch.device) -> tuple[UNetLayer, ...]:
     """The layers that run. Raises ModelError where latents of the config's size do not pass the network."""
     x = torch.zeros(1, *plan.latent, device=device)
-    with refusing(f"latents of {plan.latent} do not pass the denoiser"):
+    with blaming(f"latents of {plan.latent} do not pass the denoiser"):
         return layers_of(
             loaded.network, lambda: loaded.predict(loaded.network, x, loaded.steps[0].timestep, (0,))
         )

@@ -12,6 +12,7 @@ import io
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from worker.errors import ModelError, RecipeError
 from worker.metrics.images import BATCH, frechet_distance, to_bytes
+from worker.models.source import reason_of
 
 WIDTH = 2048  # of Inception's last pooling
 SMALLEST = 32  # pixels of a side that AlexNet's poolings leave something of
@@ -68,7 +70,7 @@ def _load_inception(weights: Path | None) -> tuple[Measure, str]:
             "inception", [str(WIDTH)], feature_extractor_weights_path=content
         )
     except (SafetensorError, OSError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
+        reason = reason_of(error, weights.parent)
         raise ModelError(f"evaluation.metrics: {weights.name} does not fit Inception v3: {reason}") from error
     with weights.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
@@ -95,8 +97,9 @@ def _load_lpips() -> tuple[Measure, str]:
         )
     try:
         network = package.LPIPS(net="alex", verbose=False)
-    except RuntimeError as error:
-        raise ModelError(f"evaluation.metrics: {name} does not fit AlexNet: {error}") from error
+    except (RuntimeError, OSError, EOFError, UnpicklingError) as error:
+        reason = reason_of(error, Path(torch.hub.get_dir()))
+        raise ModelError(f"evaluation.metrics: {name} does not fit AlexNet: {reason}") from error
     return partial(_lpips, network), f"LPIPS 0.1 on AlexNet ({name})"
 
 

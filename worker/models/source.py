@@ -43,10 +43,15 @@ def refusing(folder: Path, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = " ".join(str(error).replace(str(folder), folder.name).split())
-        said = said if len(said) <= 400 else said[:400] + " ..."
-        reason = said or type(error).__name__
-        raise ModelError(f"{folder.name}: transformers cannot use {what}: {reason}") from error
+        raise ModelError(
+            f"{folder.name}: transformers cannot use {what}: {reason_of(error, folder)}"
+        ) from error
+
+
+def reason_of(error: Exception, folder: Path) -> str:
+    """What an error says, in one line of no more than 400 characters, without the place of `folder`."""
+    said = " ".join(str(error).replace(str(folder), folder.name).split())
+    return (said if len(said) <= 400 else said[:400] + " ...") or type(error).__name__
 
 
 def resolve(ref: ModelRef, workspace: Workspace, *, weights: bool = True) -> Path:

@@ -304,3 +304,18 @@ def test_a_processor_that_makes_huge_images_is_refused_before_it_makes_one(
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=f"{field} has 100000 pixels; the limit is 4096 a side"):
         pixels(images, tmp_path, 3)
+
+
+def test_an_image_that_a_processor_makes_huge_is_refused_before_it_makes_it(
+    workspace: Workspace, tmp_path: Path
+) -> None:
+    save(workspace, "x.npz", images=np.zeros((2, 2, 16_000, 3), dtype=np.uint8))
+    images = load_images(local("x.npz", split="all"), "evaluation", workspace)
+    config = {
+        "image_processor_type": "CLIPImageProcessor",
+        "size": {"shortest_edge": 224},
+        "do_center_crop": False,
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"more than 4096 pixels a side of x.npz.* with 2x16000"):
+        pixels(images, tmp_path, 3)

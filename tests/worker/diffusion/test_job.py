@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import quantry
+from quantry.checkpoint import CheckpointError
 from quantry.jobs import Succeeded
 from quantry.requests import JobRequest
 from worker.errors import ModelError, NonFiniteError, QuantizationError, RecipeError
@@ -216,6 +217,10 @@ def test_the_loaded_pipeline_adds_as_much_less_noise_as_the_worker(
         x = mine
     samples = pipeline(num_inference_steps=4, **given, output_type="np").images
     assert samples.shape == (1, 8, 8, 1)
+    other = quantry.load(workspace.artifact)
+    other.scheduler = scheduler_
+    with pytest.raises(CheckpointError, match="`step` was replaced"):
+        other(num_inference_steps=4, **given)
 
 
 def test_latents_that_are_no_picture_are_quantized_and_sampled(workspace: Workspace) -> None:

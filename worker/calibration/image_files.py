@@ -57,34 +57,37 @@ def decode_image(content: bytes, where: str) -> np.ndarray[Any, np.dtype[np.uint
         raise DatasetError(f"{where} is not a readable JPEG or PNG file: {error}") from error
 
 
-def folder_files(folder: Path) -> ImageFiles:
-    """The files of a folder, none below it. Raises DatasetError."""
+def folder_files(folder: Path, name: str) -> ImageFiles:
+    """The files of a folder, none below it; `name` it, for messages. Raises DatasetError."""
     root = folder.resolve()
 
     def content(file: str) -> bytes:
         path = (folder / file).resolve()
         if not path.is_relative_to(root):
-            raise DatasetError(f"{folder.name}, {file} is a link out of the folder")
-        _check_size(folder.name, file, path.stat().st_size)
+            raise DatasetError(f"{name}, {file} is a link out of the folder")
+        _check_size(name, file, path.stat().st_size)
         return path.read_bytes()
 
-    return _sorted_out(folder.name, [path.name for path in folder.iterdir()], content)
+    return _sorted_out(name, [path.name for path in folder.iterdir()], content)
 
 
-def archive_files(path: Path) -> ImageFiles:
-    """The files of an archive, which stays open for as long as they are in use. Raises ArchiveError, DatasetError."""
-    with opened(path, path.name) as checked:
+def archive_files(path: Path, name: str) -> ImageFiles:
+    """The files of an archive, which stays open for as long as they are in use; `name` it, for messages.
+
+    Raises: ArchiveError, DatasetError.
+    """
+    with opened(path, name) as checked:
         for member in checked.infolist():
-            _check_size(path.name, member.filename, member.file_size)
+            _check_size(name, member.filename, member.file_size)
     archive = zipfile.ZipFile(path)
 
     def content(file: str) -> bytes:
         try:
             return archive.read(file)
         except (zipfile.BadZipFile, EOFError) as error:
-            raise DatasetError(f"{path.name}, {file} cannot be read: {error}") from error
+            raise DatasetError(f"{name}, {file} cannot be read: {error}") from error
 
-    return _sorted_out(path.name, archive.namelist(), content)
+    return _sorted_out(name, archive.namelist(), content)
 
 
 def _sorted_out(name: str, files: list[str], content: Callable[[str], bytes]) -> ImageFiles:

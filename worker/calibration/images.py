@@ -163,7 +163,7 @@ def _one_after_another(parts: Sequence[Array]) -> Callable[[int], Array]:
 
 def _read_files(path: Path, name: str) -> ImageSet:
     """In the order of the labels file, else by name."""
-    source = folder_files(path) if path.is_dir() else archive_files(path)
+    source = folder_files(path, name) if path.is_dir() else archive_files(path, name)
     files, labels = sorted(source.images), None
     if source.labels is not None:
         labels = parse_labels(source.content(source.labels), source.labels)

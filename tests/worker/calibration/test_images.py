@@ -1,5 +1,6 @@
 """Reading, splitting and processing images; the refusals name the file and what to do."""
 
+import io
 import json
 import struct
 import weakref
@@ -77,6 +78,17 @@ def test_an_uploads_archive_is_read_as_the_folder_is(workspace: Workspace) -> No
     assert labels_of(found) == labels_of(expected)
 
 
+def test_a_file_of_an_upload_is_named_by_the_upload(workspace: Workspace) -> None:
+    """Not by where the server keeps it."""
+    content = io.BytesIO()
+    Image.fromarray(np.zeros((4, 4), dtype=np.uint16)).save(content, "PNG")
+    with zipfile.ZipFile(workspace.uploads["ds_2"], "w") as archive:
+        archive.writestr("deep.png", content.getvalue())
+    images = load_images(DatasetRef(source="upload", id="ds_2", split="all"), "evaluation", workspace)
+    with pytest.raises(DatasetError, match=r"^ds_2 \(all\), deep.png: of mode I;16"):
+        images[0]
+
+
 @pytest.mark.parametrize(
     ("labels", "file", "message"),
     [
@@ -133,7 +145,7 @@ def test_a_bad_file_is_named_when_it_is_decoded(content: bytes, message: str, wo
     (workspace.model_roots[0] / "set" / "001.png").write_bytes(content)
     images = load_images(ref, "calibration", workspace)
     assert (images[0] == GREY[0]).all()
-    with pytest.raises(DatasetError, match=f"set, 001.png.*{message}"):
+    with pytest.raises(DatasetError, match=rf"set \(\w+\), 001.png.*{message}"):
         images[1]
 
 
@@ -148,7 +160,7 @@ def test_modes_become_grey_or_rgb(workspace: Workspace) -> None:
     images = load_images(ref, "calibration", workspace)
     assert [images[i].shape for i in range(3)] == [(6, 5), (6, 5, 3), (6, 5, 3)]
     assert set(np.unique(images[0])) <= {0, 255}
-    with pytest.raises(DatasetError, match=r"set, 4.png: of mode RGBA, or transparent"):
+    with pytest.raises(DatasetError, match=r"set \(\w+\), 4.png: of mode RGBA, or transparent"):
         images[3]
 
 
@@ -157,7 +169,7 @@ def test_links_out_of_the_folder_are_not_followed(workspace: Workspace, tmp_path
     ref = folder_of(workspace, GREY[:1])
     (workspace.model_roots[0] / "set" / "link.png").symlink_to(tmp_path / "secret.png")
     images = load_images(ref, "calibration", workspace)
-    with pytest.raises(DatasetError, match=r"set, link.png is a link out of the folder"):
+    with pytest.raises(DatasetError, match=r"set \(\w+\), link.png is a link out of the folder"):
         images[1]
 
 

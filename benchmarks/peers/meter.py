@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
@@ -49,6 +50,16 @@ def _cpu_s() -> float:
 def _status(field: str) -> int:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(field + ":")).split()[1])
+
+
+def options_of(doc: str | None) -> argparse.ArgumentParser:
+    """What every side's script is called with; doc: the script's docstring."""
+    options = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    for name in ("model", "windows", "target"):
+        options.add_argument(name, type=Path)
+    options.add_argument("--bits", type=int, required=True)
+    options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    return options
 
 
 def file_bytes(folder: Path) -> int:

@@ -10,24 +10,18 @@ Loading and saving are not measured.
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from pathlib import Path
 
 import auto_round
 import torch
 from auto_round import AutoRound
-from meter import Meter, write_figures
+from meter import Meter, options_of, write_figures
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name in ("model", "windows", "target"):
-        options.add_argument(name, type=Path)
-    options.add_argument("--bits", type=int, required=True)
-    options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    options = options_of(__doc__)
     options.add_argument("--iterations", type=int, default=50, help="of each block")
     options.add_argument("--float32", action="store_true", help="a float32 model without autocast")
     given = options.parse_args()

@@ -10,14 +10,13 @@ TARGET itself a float32 checkpoint with the same weights. Loading and saving are
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
 
 import gptqmodel
 import torch
 from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
-from meter import Meter, file_bytes, write_figures
+from meter import Meter, file_bytes, options_of, write_figures
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -36,11 +35,7 @@ def unpacked(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name in ("model", "windows", "target"):
-        options.add_argument(name, type=Path)
-    options.add_argument("--bits", type=int, required=True)
-    options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    options = options_of(__doc__)
     options.add_argument(
         "--float32", action="store_true", help="forwards in float32, not as the library chooses"
     )

@@ -10,10 +10,8 @@ to TARGET. TARGET/packed is what it saves. Loading and saving are not measured.
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
@@ -21,17 +19,13 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.quantization import QuantizationModifier
-from meter import Meter, file_bytes, write_figures
+from meter import Meter, file_bytes, options_of, write_figures
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name in ("model", "windows", "target"):
-        options.add_argument(name, type=Path)
-    options.add_argument("--bits", type=int, required=True)
-    options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    options = options_of(__doc__)
     options.add_argument("--method", choices=("gptq", "rtn"), default="gptq")
     given = options.parse_args()
 

@@ -10,13 +10,12 @@ sweep reads the model block by block, so reading is part of what is measured.
 
 from __future__ import annotations
 
-import argparse
 import io
 import tempfile
 from pathlib import Path
 
 import torch
-from meter import Meter, write_figures
+from meter import Meter, options_of, write_figures
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -61,11 +60,7 @@ def write_plain(source: Path, target: Path, store: BlockStore, model: CausalLM) 
 
 
 def main() -> None:
-    options = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    for name in ("model", "windows", "target"):
-        options.add_argument(name, type=Path)
-    options.add_argument("--bits", type=int, required=True)
-    options.add_argument("--group-size", type=int, required=True, help="-1: one scale a row")
+    options = options_of(__doc__)
     options.add_argument("--recipe", choices=("plain", "default", "compensated"), default="default")
     options.add_argument("--float32", action="store_true", help="forwards in float32 instead of bfloat16")
     given = options.parse_args()

@@ -33,6 +33,9 @@ class Correction:
     shift: Tensor
     noise: Tensor
 
+    def cpu(self) -> Correction:
+        return Correction(self.gain.cpu(), self.shift.cpu(), self.noise.cpu())
+
 
 # From a quantized and a full-precision output at the same latents, each (samples, C, H, W), float64.
 Rule = Callable[[Tensor, Tensor], Correction]

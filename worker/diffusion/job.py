@@ -113,9 +113,10 @@ def _reference(job: DiffusionJob, made: QuantizedDenoiser) -> dict[str, Tensor]:
     latents: (steps, samples, C, H, W), as the network is fed them. logits: what it puts out, without guidance.
     given.*: what it is fed beside latents.
     """
-    network = torch.nn.Module.to(made.network.unet, torch.device("cpu"))
+    made.cpu()
+    network = made.network.unet
     noise, steps = job.reference(REFERENCE), job.loaded.steps
-    inputs = job.loaded.predict.inputs(noise.seeds)
+    inputs = {name: value.cpu() for name, value in job.loaded.predict.inputs(noise.seeds).items()}
     corrections = padded_corrections(network, made.corrections)
     latents, outputs = [], []
     for index, x, _ in trajectory(made.denoiser, made.steps, noise):

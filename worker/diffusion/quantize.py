@@ -73,6 +73,11 @@ class QuantizedDenoiser:
             self.low_rank[layer].weight.bits if layer in self.low_rank else self.weights[layer].parts[0].bits
         )
 
+    def cpu(self) -> None:
+        """Move what samples to the CPU, where an artifact is loaded again."""
+        nn.Module.to(self.network.unet, "cpu")  # that of diffusers warns, even of nothing
+        self.corrections = [correction.cpu() for correction in self.corrections]
+
     @property
     def denoiser(self) -> Denoiser:
         return corrected(self.network, self.corrections) if self.corrections else self.network

@@ -56,6 +56,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
     if workspace.threads is not None:
         torch.set_num_threads(workspace.threads)
     torch.backends.cudnn.allow_tf32 = False  # float32 means float32
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False  # a resumed job's bytes
     progress.stage(State.PREPARING, "resolving the model")
     folder = resolve(spec.model, workspace, weights=spec.reads_weights)
     for concerns, module in _OTHERS:

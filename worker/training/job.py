@@ -29,7 +29,6 @@ from worker.workspace import Workspace
 def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | Rejected:
     """Run one job. Raises QuantizationError and its kinds; finished epochs are kept for the next attempt."""
     began = clock()
-    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     job = prepare_training(spec, workspace, progress)
     training = TrainingRun(job, workspace, progress)
     before = clock()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.contents import Contents, UploadRefused
 from quantry.archives import ArchiveError, opened
-from quantry.image_headers import MAX_PIXELS, jpeg_size, png_size
+from quantry.image_headers import MAX_PIXELS, jpeg_size, png_size, png_unread
 from quantry.labels import IMAGE_SUFFIXES, LABEL_FILES, LabelsError, check_files, parse_labels
 from quantry.npz import read_labels, read_layout
 
@@ -71,6 +71,11 @@ def _check_header(archive: zipfile.ZipFile, image: str) -> None:
         raise UploadRefused(f"{image} has no header that says how large it is: it is damaged")
     if size[0] * size[1] > MAX_PIXELS:
         raise UploadRefused(f"{image} is {size[0]} x {size[1]} pixels; the limit is {MAX_PIXELS} in all")
+    if image.lower().endswith(".png"):
+        with archive.open(image) as content:
+            unread = png_unread(content)
+        if unread:
+            raise UploadRefused(f"{image} is {unread}; save it as grey or RGB of 8 bits")
 
 
 def _contents(suffix: str, images: int, classes: set[int] | None) -> Contents:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from quantry.image_headers import MAX_PIXELS, jpeg_size, png_size
+from quantry.image_headers import MAX_PIXELS, jpeg_size, png_size, png_unread
+from worker.calibration.image_files import decode_image
+from worker.errors import DatasetError
 
 
 def encoded(kind: str, width: int, height: int, **options: Any) -> bytes:
@@ -33,6 +35,23 @@ def test_a_header_that_is_cut_or_damaged_has_no_size() -> None:
     assert png_size(io.BytesIO(png.replace(b"IHDR", b"IDAT"))) is None
     assert all(jpeg_size(io.BytesIO(jpeg[:end])) is None for end in range(start + 9))
     assert jpeg_size(io.BytesIO(jpeg[:2] + bytes(50))) is None
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "LA", "RGBA", "I;16", "clear L", "clear P"])
+def test_what_the_worker_does_not_decode_is_said(mode: str) -> None:
+    file = io.BytesIO()
+    options = {"transparency": 0} if mode.startswith("clear") else {}
+    Image.new(mode.removeprefix("clear "), (40, 30)).save(file, "PNG", **options)
+    said = png_unread(io.BytesIO(file.getvalue()))
+    assert said == {"1": None, "L": None, "P": None, "RGB": None, "I;16": "16 bits deep"}.get(
+        mode, "transparent"
+    )
+    if said is None:
+        decode_image(file.getvalue(), "image")
+    else:
+        with pytest.raises(DatasetError, match="save it as grey or RGB"):
+            decode_image(file.getvalue(), "image")
+    assert all(png_unread(io.BytesIO(file.getvalue()[:end])) in (said, None) for end in range(60))
 
 
 def test_the_limit_is_where_pillow_warns() -> None:

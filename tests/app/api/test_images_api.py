@@ -15,6 +15,7 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 from starlette.testclient import TestClient
 
 from app.contents import UploadRefused
@@ -180,6 +181,16 @@ def test_a_decompression_bomb_is_refused(suffix: str, client: TestClient, settin
     }[suffix]
     answer = send(client, [(f"a.{suffix}", content), ("labels.csv", b"a." + suffix.encode() + b",1")])
     assert f"a.{suffix} is 60000 x 60000 pixels; the limit is" in refused(answer, settings)
+
+
+@pytest.mark.parametrize(("mode", "said"), [("I;16", "16 bits deep"), ("RGBA", "transparent")])
+def test_what_the_worker_does_not_decode_is_refused(
+    mode: str, said: str, client: TestClient, settings: Settings
+) -> None:
+    content = io.BytesIO()
+    Image.new(mode, (4, 4)).save(content, "PNG")
+    answer = send(client, [("a.png", content.getvalue()), ("labels.csv", b"a.png,1")])
+    assert f"a.png is {said}; save it as grey or RGB" in refused(answer, settings)
 
 
 @pytest.mark.parametrize(

@@ -32,13 +32,8 @@ CUDA = torch.device("cuda", 0)
 BELOW = torch.device("privateuseone:0")  # what torch's C++ takes it for
 FREE = 1 << 32  # bytes that the device says it has
 _ACROSS = {"_to_copy", "copy_", "copy", "_copy_from", "set_"}  # operations that take tensors of two places
-_INDEXED = {
-    "index",
-    "index_put",
-    "index_put_",
-    "_unsafe_index",
-    "_index_put_impl_",
-}  # with indices on the CPU
+# Their indices may be on the CPU.
+_INDEXED = {"index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_"}
 _Generator = torch.Generator
 
 

@@ -86,8 +86,8 @@ class _Rules(TorchDispatchMode):
         return _compute(func, args, kwargs or {})
 
 
-class _Index(TorchFunctionMode):
-    """Gives `cuda` its index: a torch without CUDA cannot ask the driver for it."""
+class _Names(TorchFunctionMode):
+    """Turns `cuda` into the device that torch's C++ takes it for."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.device:
@@ -105,7 +105,7 @@ _apply = torch.autograd.function.BackwardCFunction.apply
 
 def _backward(function: Any, *args: Any) -> Any:
     """The backward of a function of ours: torch calls it with no mode on."""
-    with _Index():
+    with _Names():
         return _apply(function, *args)
 
 
@@ -227,7 +227,7 @@ def stand_in() -> Iterator[None]:
         for path, value in changed.items():
             changes.enter_context(patch(path, value))
         changes.enter_context(torch.autograd.set_multithreading_enabled(False))
-        changes.enter_context(_Index())
+        changes.enter_context(_Names())
         changes.enter_context(_Rules())
         yield
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from quantry.quantizers.affine import QuantizedLayer, QuantizedWeight
 from quantry.recipe import BiasCompensationStep, GptqStep, WeightStep
 from worker.calibration.halves import Halves, Parts
+from worker.calibration.hooks import outputs_of
 from worker.calibration.statistics import InputStatistics
 from worker.calibration.streams import Stream
 from worker.calibration.walk import Passage, Rerun, passage
@@ -64,8 +65,7 @@ class BlockQuantizer:
     @property
     def wants_float(self) -> bool:
         """Whether the float stream is needed beside the quantized one."""
-        asymmetric = isinstance(self.step, GptqStep) and self.step.target == "asymmetric"
-        return asymmetric or self.compensation is not None
+        return self._asymmetric or self.compensation is not None
 
     def quantize(
         self, index: int, original: nn.Module, given: Stream | None, floating: Stream | None
@@ -83,13 +83,13 @@ class BlockQuantizer:
         entered = given.hidden.clone() if again and given is not None else None
         if self.sequential:
             for group in groups:
-                statistics = self._gather(index, block.module, group, *passages)
+                statistics = self._gather(index, original, group, *passages)
                 release_memory()
                 self._quantize_group(index, group, statistics, block, late)
                 del statistics
                 release_memory()
         else:
-            ahead = [self._gather(index, block.module, group, *passages) for group in groups]
+            ahead = [self._gather(index, original, group, *passages) for group in groups]
             for done in passages:
                 if done is not None:
                     done.close()
@@ -121,6 +121,10 @@ class BlockQuantizer:
     def sequential(self) -> bool:
         """Whether the later layers of a block see the earlier ones quantized."""
         return not isinstance(self.step, GptqStep) or self.step.true_sequential
+
+    @property
+    def _asymmetric(self) -> bool:
+        return isinstance(self.step, GptqStep) and self.step.target == "asymmetric"
 
     @property
     def _published(self) -> bool:
@@ -163,7 +167,7 @@ class BlockQuantizer:
     def _gather(
         self,
         index: int,
-        block: nn.Module,
+        original: nn.Module,
         group: tuple[str, ...],
         given: Passage | None,
         floating: Passage | None,
@@ -175,32 +179,39 @@ class BlockQuantizer:
         columns = self.model.columns(name)
         statistics: InputStatistics | None = None
         leave = self._float_leaves and group is self.model.groups(index)[-1]
+        layer = original.get_submodule(group[0])
+        alone = self._asymmetric and leave and len(group) == 1 and not isinstance(layer, nn.Conv2d)
+        made: list[Tensor] = []
         inputs = given.inputs()
-        for x_f in repeat(None) if floating is None else floating.inputs(leave=leave):
-            x_q = next(inputs, None)
-            if x_q is None:
-                break
-            seen = self._tokens(block, group[0], x_q, columns)
-            statistics = statistics or self._statistics(seen)
-            statistics.update(seen, None if x_f is None else self._tokens(block, group[0], x_f, columns))
-            del x_f, x_q, seen  # the next forward has their memory
+        with outputs_of({name: layer} if alone else {}, lambda _, y: made.append(without_bias(layer, y))):
+            for x_f in repeat(None) if floating is None else floating.inputs(leave=leave):
+                x_q = next(inputs, None)
+                if x_q is None:
+                    break
+                y_f = made.pop() if made else None
+                seen = self._tokens(layer, x_q, columns)
+                statistics = statistics or self._statistics(seen, y_f)
+                statistics.update(seen, None if x_f is None else self._tokens(layer, x_f, columns), y_f)
+                del x_f, x_q, y_f, seen  # the next forward has their memory
         next(inputs, None)  # it has ended
         if statistics is None:
             raise CalibrationError(f"calibration gave {name} no token: give more windows")
         return statistics.mean(name)
 
-    def _tokens(self, block: nn.Module, name: str, x: Tensor, columns: int) -> Tensor:
+    def _tokens(self, layer: nn.Module, x: Tensor, columns: int) -> Tensor:
         if self.positions is not None:  # OPT runs its MLP on (tokens, width)
             return x.view(-1, self.positions, columns)
-        return as_tokens(block.get_submodule(name), x)
+        return as_tokens(layer, x)
 
-    def _statistics(self, x: Tensor) -> InputStatistics:
+    def _statistics(self, x: Tensor, y_f: Tensor | None) -> InputStatistics:
+        outputs = x.shape[-1] if y_f is None else y_f.shape[-1]
         return InputStatistics.zeros(
             x.shape[-1],
             hessian=needs_statistics(self.step),
-            cross=isinstance(self.step, GptqStep) and self.step.target == "asymmetric",
+            cross=self._asymmetric,
             positions=x.shape[1] if self._per_position else None,
             device=self.model.device,
+            outputs=outputs if outputs < x.shape[-1] else None,
         )
 
     def _quantize_group(
@@ -282,6 +293,11 @@ def install(module: nn.Module, name: str, layer: QuantizedLayer) -> None:
             linear.register_forward_hook(
                 lambda _m, _i, out: (out.view(-1, *shift.shape) + shift).view_as(out)
             )
+
+
+def without_bias(layer: nn.Module, y: Tensor) -> Tensor:
+    """W x, of the output y = W x + b of a linear layer."""
+    return y - layer.bias if isinstance(layer.bias, Tensor) else y
 
 
 def _is_conv1d(linear: nn.Module) -> bool:

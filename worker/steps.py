@@ -37,7 +37,8 @@ def _gptq(weights: list[Tensor], statistics: InputStatistics | None, step: GptqS
     factor = factorize(statistics.hessian, damping=step.damping, act_order=step.act_order == "static")
     rows = torch.cat(weights)
     at_once = CPU_ROWS if rows.device.type == "cpu" else len(rows)
-    swept = [gptq(part, statistics, step, factor).weight for part in torch.split(rows, at_once)]
+    parts = [slice(start, start + at_once) for start in range(0, len(rows), at_once)]
+    swept = [gptq(rows[part], statistics.of_rows(part), step, factor).weight for part in parts]
     return WeightResult(_unstack(swept, [len(w) for w in weights]), factor.damping)
 
 

@@ -7,17 +7,22 @@ from pathlib import Path
 import factories
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from quantry.contract import Evaluation, JobSpec, ModelRef
 from quantry.recipe import BiasCompensationStep, GptqStep, RtnStep, Step
+from worker.block import install
 from worker.calibration import walk
+from worker.calibration.hooks import layer_input
+from worker.calibration.statistics import InputStatistics
 from worker.calibration.store import BlockStore
-from worker.metrics.quality import PerplexityJudge
+from worker.calibration.streams import Stream
+from worker.metrics.quality import PerplexityJudge, full_precision
 from worker.models.causal_lm import CausalLM
 from worker.progress import Progress
+from worker.steps import WEIGHT_STEPS, WeightResult
 from worker.sweep import BlockSweep, SweepResult
 
 GPTQ = GptqStep(bits=3, group_size=16)
@@ -126,6 +131,55 @@ def test_every_passage_through_a_block_gives_the_same_bits(
     monkeypatch.setattr(walk, "WALK_SHARE", float("inf"))  # no memory to walk in
     sweep(folder, tmp_path / "rerun", GPTQ, BIAS)
     assert stored(tmp_path / "halves") == stored(tmp_path / "walk") == stored(tmp_path / "rerun")
+
+
+def layer_inputs(run: BlockSweep, block: nn.Module, name: str, *, embeddings_kept: bool) -> Tensor:
+    """What a layer of block 0 is given on the calibration windows, float64 (tokens, columns).
+
+    embeddings_kept: with the embeddings of the checkpoint, not of the artifact.
+    """
+    with full_precision(run.model, embeddings_kept):
+        stream = Stream.embed(run.model, windows(1))
+    layer = block.get_submodule(name)
+    inputs = [layer_input(block, layer, states, call) for _, states, call in stream.batches(0)]
+    return torch.cat([x.flatten(0, -2) for x in inputs]).double()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["opt", "gpt2", "llama"])  # biases; weights stored transposed; neither
+def test_a_layer_with_fewer_outputs_than_inputs_is_judged_by_its_outputs(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """E[W x_f x_q^T] of the layer that ends block 0 is what the two networks give, and W (D + H)."""
+    seen: list[tuple[list[Tensor], InputStatistics | None]] = []
+
+    def look(weights: list[Tensor], statistics: InputStatistics | None, step: GptqStep) -> WeightResult:
+        seen.append((weights, statistics))
+        return quantize(weights, statistics, step)
+
+    quantize = WEIGHT_STEPS[GptqStep]
+    monkeypatch.setitem(WEIGHT_STEPS, GptqStep, look)
+    run, _ = sweep(
+        factories.write_checkpoint(tmp_path / "model", name), tmp_path / "store", GPTQ, evaluate=False
+    )
+    groups = run.model.groups(0)
+    assert [found is None or found.cross is None for _, found in seen[: len(groups)]] == [
+        False,
+        False,
+        False,
+        True,
+    ]
+    (weight,), statistics = seen[len(groups) - 1]
+    deployed = run.model.block(0)
+    for layer, stored_layer in run.store.load(0, torch.device("cpu")).layers.items():
+        install(deployed, layer, stored_layer)
+    x_q = layer_inputs(run, deployed, groups[-1][0], embeddings_kept=False)
+    x_f = layer_inputs(run, run.model.block(0), groups[-1][0], embeddings_kept=True)
+    assert not torch.equal(x_f, x_q)
+    assert statistics is not None
+    assert statistics.outputs is not None
+    wanted = weight.double() @ x_f.T @ x_q / len(x_q)
+    assert float((statistics.outputs - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_which_blocks_are_taken_half_by_half(tmp_path: Path) -> None:

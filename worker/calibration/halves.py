@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from worker.calibration.hooks import layer_input
+from worker.calibration.hooks import input_and_output, layer_input
 from worker.calibration.streams import Stream
 from worker.models.calls import BlockCall, run_block
 
@@ -88,7 +88,7 @@ class Halves:
         with self._second_half():
             if not leave:
                 return layer_input(self._block, layer, states, call)
-            x, out = _input_and_output(self._block, layer, states, call)
+            x, out = input_and_output(self._block, layer, states, call)
         self._stream.put(where, out)
         return x
 
@@ -125,13 +125,3 @@ def _instead(module: nn.Module, forward: Callable[..., object]) -> Iterator[None
         yield
     finally:
         del module.forward
-
-
-def _input_and_output(
-    block: nn.Module, layer: nn.Module, states: Tensor, call: BlockCall
-) -> tuple[Tensor, Tensor]:
-    """What `layer` is given when `block` runs on `states`, and what leaves the block."""
-    seen: list[Tensor] = []
-    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
-        out = run_block(block, states, call)
-    return seen[0], out

@@ -30,6 +30,16 @@ def layer_input(block: nn.Module, layer: nn.Module, hidden: Tensor, call: BlockC
     raise AssertionError("the block never ran the layer")
 
 
+def input_and_output(
+    block: nn.Module, layer: nn.Module, hidden: Tensor, call: BlockCall
+) -> tuple[Tensor, Tensor]:
+    """What `layer` is given when `block` runs on `hidden`, and what leaves the block."""
+    seen: list[Tensor] = []
+    with layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0])):
+        out = run_block(block, hidden, call)
+    return seen[0], out
+
+
 @contextmanager
 def outputs_of(layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None]) -> Iterator[None]:
     """Show every layer's output to `see(name, output)`, each time it runs."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class InputStatistics:
     """Moments over T tokens of a layer's inputs x_q (quantized prefix) and x_f (float prefix), n columns.
 
     hessian: sum x_q x_q^T, (n, n), or None where nothing looks at it. cross: sum (x_f - x_q) x_q^T, (n, n),
-    or None. sum_q, sum_f: float64, (n,), or (positions, n) where biases vary with the position.
+    or None. outputs: in its place, of a layer that has fewer outputs than inputs, sum W x_f x_q^T, (out, n).
+    sum_q, sum_f: float64, (n,), or (positions, n) where biases vary with the position.
     `update` takes matching batches (windows, positions, n) of any float dtype.
     """
 
@@ -29,18 +30,32 @@ class InputStatistics:
     sum_q: Tensor
     sum_f: Tensor
     tokens: int = 0
+    outputs: Tensor | None = None
 
     @classmethod
     def zeros(
-        cls, columns: int, *, hessian: bool, cross: bool, positions: int | None, device: torch.device
+        cls,
+        columns: int,
+        *,
+        hessian: bool,
+        cross: bool,
+        positions: int | None,
+        device: torch.device,
+        outputs: int | None = None,
     ) -> InputStatistics:
-        square = torch.zeros(columns, columns, device=device)
+        """outputs: how many a layer has whose `outputs` are gathered where `cross` is asked for."""
+
+        def zeros(rows: int) -> Tensor:
+            return torch.zeros(columns, rows, device=device)
+
         shape = (columns,) if positions is None else (positions, columns)
         line = torch.zeros(shape, dtype=torch.float64, device=device)
-        transposed = square.clone().T if cross else None  # as the products below come out
-        return cls(square if hessian else None, transposed, line, line.clone())
+        found = cls(zeros(columns) if hessian else None, None, line, line.clone())
+        moment = zeros(outputs or columns).T if cross else None  # as the products below come out
+        return replace(found, outputs=moment) if outputs else replace(found, cross=moment)
 
-    def update(self, x_q: Tensor, x_f: Tensor | None) -> None:
+    def update(self, x_q: Tensor, x_f: Tensor | None, y_f: Tensor | None = None) -> None:
+        """y_f: W x_f, for `outputs`."""
         axis = 0 if self.sum_q.ndim == 2 else (0, 1)
         self.sum_q += x_q.sum(axis, dtype=torch.float32)
         self.tokens += x_q.shape[0] * x_q.shape[1]
@@ -53,11 +68,13 @@ class InputStatistics:
         for start in range(0, len(flat), PRODUCT_TOKENS):
             tokens = slice(start, start + PRODUCT_TOKENS)
             columns = flat[tokens].T
-            if columns.dtype == torch.bfloat16 and columns.device.type == "cpu":
+            if _rounds(columns):
                 columns = columns.contiguous()  # products with a transposed view take up to twice the time
             add_square(self.hessian, columns)
             if floating is not None and self.cross is not None:
                 add_product(self.cross.T, columns, floating[tokens] - flat[tokens])
+            if y_f is not None and self.outputs is not None:
+                add_exact(self.outputs.T, columns, y_f.view(-1, len(self.outputs))[tokens])
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens; the sums are used up.
@@ -76,8 +93,14 @@ class InputStatistics:
         hessian = None if self.hessian is None else self.hessian.triu_().div_(t)
         if hessian is not None:
             mirror_upper(hessian)
-        cross = None if self.cross is None else self.cross.div_(t)
-        return InputStatistics(hessian, cross, self.sum_q / rows, self.sum_f / rows, t)
+        for moment in (self.cross, self.outputs):
+            if moment is not None:
+                moment.div_(t)
+        return InputStatistics(hessian, self.cross, self.sum_q / rows, self.sum_f / rows, t, self.outputs)
+
+    def of_rows(self, rows: slice) -> InputStatistics:
+        """The statistics for these outputs of the layer alone."""
+        return self if self.outputs is None else replace(self, outputs=self.outputs[rows])
 
 
 def mirror_upper(matrix: Tensor) -> None:
@@ -95,13 +118,27 @@ def add_square(total: Tensor, columns: Tensor) -> None:
     Rounding H itself to bfloat16 would drown its small eigenvalues where the largest is a thousand times theirs,
     and (H + lambda I)^-1 with them.
     """
-    exact = columns.device.type == "cpu" and columns.dtype == torch.bfloat16
+    exact = _rounds(columns)
     if exact:
         columns = columns.float()
     with bfloat16_products(exact):
         for low in range(0, len(columns), PANEL):
             panel = slice(low, low + PANEL)
             add_product(total[: low + PANEL, panel], columns[: low + PANEL], columns[panel].T)
+
+
+def add_exact(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left right, for (n, tokens) and (tokens, m), the products of two values summed in float32."""
+    exact = _rounds(left)
+    if exact:
+        left, right = left.float(), right.float()
+    with bfloat16_products(exact):
+        add_product(total, left, right)
+
+
+def _rounds(factor: Tensor) -> bool:
+    """Whether a product of such matrices is rounded to their own precision."""
+    return factor.device.type == "cpu" and factor.dtype == torch.bfloat16
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from worker.calibration.hooks import layer_input
+from worker.calibration.hooks import input_and_output, layer_input
 from worker.calibration.streams import Stream
 from worker.models.calls import BlockCall, run_block
 
@@ -28,7 +28,7 @@ class Passage(Protocol):
     """A stream on its way through one block."""
 
     def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
-        """The inputs at the next stop, batch by batch; `leave`: each batch goes on to the end once it was seen."""
+        """The inputs at the next stop, batch by batch; `leave`: of batches that have left the block already."""
 
     def finish(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """The end: `(where, what entered the block, what leaves it)`, batch by batch.
@@ -65,9 +65,13 @@ class Walk:
 
     def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
         for where, run, states in self._runs:
-            yield run.switch(states)
-            if leave:
-                self._stream.put(where, run.switch(states))
+            if not leave:
+                yield run.switch(states)
+                continue
+            x = run.switch(states)
+            self._stream.put(where, run.switch(states))
+            yield x
+            del x
         if leave:
             self.close()
 
@@ -103,9 +107,14 @@ class Rerun:
     def inputs(self, *, leave: bool = False) -> Iterator[Tensor]:
         layer = next(self._layers)
         for where, states, call in self._stream.batches(self._index):
-            yield layer_input(self._block, layer, states, call)
-            if leave:
-                self._stream.put(where, run_block(self._block, states, call))
+            if not leave:
+                yield layer_input(self._block, layer, states, call)
+                continue
+            x, out = input_and_output(self._block, layer, states, call)
+            self._stream.put(where, out)
+            del out
+            yield x
+            del x
 
     def finish(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         for where, states, call in self._stream.batches(self._index):

@@ -27,8 +27,10 @@ from worker.errors import OutOfMemory, VerificationError
 
 # Largest difference of a logit that is put down to rounding, as a share of the logits' root mean square.
 TOLERANCE = 1e-3
-# In another runtime's arithmetic a value on the edge between two codes may fall to the other one.
-TOLERANCES = {"onnx": 0.1}
+# A value on the edge between two codes may fall to the other one: in another runtime's arithmetic, and in one sample
+# of a step of a pipeline. A parameter that is wrong in a step shows in all its samples.
+EDGE = 0.1
+TOLERANCES = {"onnx": EDGE}
 LOADERS = {
     "onnx": "onnxruntime",
     "compressed-tensors": "transformers, compressed-tensors",
@@ -50,7 +52,8 @@ def verify(
 ) -> dict[str, float | str]:
     """Reload `folder` in a clean process and compare.
 
-    tolerance: share of the rms logit; None: that of the format.
+    tolerance: share of the rms logit; None: that of the format. In a pipeline, every step must have a sample within it
+    (relative_difference_of_steps), and the other samples may be off by EDGE.
     Returns: loader, max_abs_difference, relative_difference (of the rms logit), argmax_agreement, tokens or images.
     Raises: VerificationError saying what the clean process saw.
     """
@@ -58,6 +61,8 @@ def verify(
     result = _reload(folder, format, reference, threads)
     if "error" in result:
         raise VerificationError(f"the checkpoint ({format}) does not load cleanly: {result['error']}")
+    if result.get("relative_difference_of_steps", float("inf")) <= tolerance:
+        tolerance = max(tolerance, EDGE)
     if not result["relative_difference"] <= tolerance:
         raise VerificationError(
             f"the reloaded checkpoint ({format}) computes logits that differ by "

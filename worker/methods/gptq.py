@@ -85,15 +85,23 @@ def _inverse_root(h: Tensor, order: Tensor) -> Tensor | None:
     return root
 
 
-def shifted_target(w: Tensor, cross: Tensor, factor: Factor, strength: float) -> Tensor:
-    """W* = W + strength * W D (H + lambda I)^-1 for w (out, in) and D = `cross` (in, in), in column order."""
-    root = factor.inverse_root
-    if len(w) < len(root):
-        shift = times_upper(times_transpose((w @ cross)[:, factor.order], root), root)
+def shifted_target(w: Tensor, statistics: InputStatistics, factor: Factor, strength: float) -> Tensor:
+    """W* = W + strength * W D (H + lambda I)^-1 for w (out, in), in column order.
+
+    D is the cross moment, or W D = E[W x_f x_q^T] - W H where the outputs' moment was gathered; W where neither was.
+    """
+    root, order, cross = factor.inverse_root, factor.order, statistics.cross
+    if statistics.outputs is not None and statistics.hessian is not None:
+        pull = torch.addmm(statistics.outputs, w, statistics.hessian, alpha=-1)
+        shift = times_upper(times_transpose(pull[:, order], root), root)
+    elif cross is None:
+        return w
+    elif len(w) < len(root):
+        shift = times_upper(times_transpose((w @ cross)[:, order], root), root)
     else:
-        shift = w @ times_upper(times_transpose(cross[:, factor.order], root), root)
+        shift = w @ times_upper(times_transpose(cross[:, order], root), root)
     target = w.clone()
-    target[:, factor.order] += strength * shift
+    target[:, order] += strength * shift
     return target
 
 
@@ -114,8 +122,8 @@ def gptq(w: Tensor, statistics: InputStatistics, step: GptqStep, factor: Factor 
         statistics.hessian, damping=step.damping, act_order=step.act_order == "static"
     )
     target = w
-    if step.target == "asymmetric" and statistics.cross is not None:
-        target = shifted_target(w, statistics.cross, factor, step.target_strength)
+    if step.target == "asymmetric":
+        target = shifted_target(w, statistics, factor, step.target_strength)
     grid = _fit_grid(target, statistics.hessian.diagonal(), step)
     columns = Columns.of(grid, step.group_size, w.shape[1])
     points = torch.empty(w.shape[1], w.shape[0], device=w.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from worker.calibration.statistics import PRODUCT_TOKENS, InputStatistics, bfloat16_products
@@ -40,6 +41,25 @@ def test_moments_are_those_of_the_values() -> None:
     assert float((found.cross - cross).norm() / cross.norm()) < 0.01
     torch.testing.assert_close(found.sum_q, q.mean(0), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(found.sum_f, f.mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_moment_of_the_outputs_is_exact(dtype: torch.dtype) -> None:
+    """A difference of two large moments is taken of it: what it loses, the target loses."""
+    torch.manual_seed(2)
+    x_q, y_f = torch.randn(2, 1500, 48).to(dtype), 20 * torch.randn(2, 1500, 8).to(dtype)
+    found = InputStatistics.zeros(
+        48, hessian=True, cross=True, positions=None, device=torch.device("cpu"), outputs=8
+    )
+    found.update(x_q, x_q, y_f)
+    found = found.mean("layer")
+    exact = y_f.double().flatten(0, 1).T @ x_q.double().flatten(0, 1) / 3000
+    assert found.cross is None
+    assert found.outputs is not None
+    torch.testing.assert_close(found.outputs.double(), exact, rtol=1e-5, atol=1e-5)
+    part = found.of_rows(slice(2, 5)).outputs
+    assert part is not None
+    torch.testing.assert_close(part.double(), exact[2:5], rtol=1e-5, atol=1e-5)
 
 
 def test_the_precision_of_products_is_put_back() -> None:

@@ -196,14 +196,18 @@ def test_the_asymmetric_target_is_exact(rows: int) -> None:
     w = weights(rows, 24).double()
     hessian, cross = x_q.T @ x_q / 500, (x_f - x_q).T @ x_q / 500
     factor = factorize(hessian, damping=1e-13, act_order=True)
-    target = shifted_target(w, cross, factor, 1.0)
-    gaps = []
-    for seed in range(3):
-        guess = w + 0.1 * weights(rows, 24, seed=seed).double()
-        wanted = (x_q @ guess.T - x_f @ w.T).square().sum()
-        gaps.append(wanted - (x_q @ (guess - target).T).square().sum())
-    torch.testing.assert_close(gaps[0], gaps[1], rtol=1e-6, atol=0)
-    torch.testing.assert_close(gaps[0], gaps[2], rtol=1e-6, atol=0)
+    mean = torch.zeros(24)
+    inputs = InputStatistics(hessian, cross, mean, mean, 500)
+    outputs = InputStatistics(hessian, None, mean, mean, 500, outputs=(x_f @ w.T).T @ x_q / 500)
+    for seen in (inputs, outputs):
+        target = shifted_target(w, seen, factor, 1.0)
+        gaps = []
+        for seed in range(3):
+            guess = w + 0.1 * weights(rows, 24, seed=seed).double()
+            wanted = (x_q @ guess.T - x_f @ w.T).square().sum()
+            gaps.append(wanted - (x_q @ (guess - target).T).square().sum())
+        torch.testing.assert_close(gaps[0], gaps[1], rtol=1e-6, atol=0)
+        torch.testing.assert_close(gaps[0], gaps[2], rtol=1e-6, atol=0)
 
 
 def test_dead_inputs_are_rounded_and_harm_nobody() -> None:

@@ -12,7 +12,7 @@ import warnings
 from celery.exceptions import SecurityWarning
 from celery.signals import worker_ready, worker_shutting_down
 
-from app.shared import database, leases, lifeline, queue
+from app.shared import database, lapses, lifeline, queue
 from app.shared.errors import StartError
 from app.shared.logs import configure_logs
 from app.shared.settings import get_settings
@@ -53,7 +53,7 @@ def serve() -> None:
     runner = Runner(settings, database.sessions(), resolve(settings.device))
     if settings.worker_name is not None:  # unique by contract, so whoever had this name is dead
         with runner.sessions() as session:
-            if count := leases.forfeit(session, name):
+            if count := lapses.forfeit(session, name):
                 log.warning("took back %d jobs of the worker that had this name before", count)
     app = queue.make_celery(settings.redis_url)
     register(app, runner, name)

@@ -17,7 +17,7 @@ from sqlalchemy import or_, select, update
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.shared import database, leases, queue
+from app.shared import database, lapses, queue
 from app.shared.database import transaction
 from app.shared.settings import WEEK_S, Settings
 from app.shared.storage import Storage
@@ -60,9 +60,9 @@ class Dispatcher:
     def tick(self, now: datetime | None = None) -> None:
         """One round. Raises SQLAlchemyError, and queue.BROKER_ERRORS, after which the next round goes on."""
         with self.sessions() as session:
-            for job_id in leases.expire_queued(session, now=now):
+            for job_id in lapses.expire_queued(session, now=now):
                 log.info("%s expired in the queue", job_id)
-            for job_id in leases.requeue_lapsed(session, max_attempts=self.settings.max_attempts, now=now):
+            for job_id in lapses.requeue_lapsed(session, max_attempts=self.settings.max_attempts, now=now):
                 log.warning("%s was taken back from a worker that fell silent", job_id)
             self._ring(session, now)
             if time.monotonic() - self._swept >= self.settings.sweep_s:

@@ -1,4 +1,4 @@
-"""The life of a job as its worker sees it: claim, heartbeat, finish; and what follows when the worker dies.
+"""The life of a job as its worker sees it: claim, heartbeat, finish. What follows when the worker dies: `lapses.py`.
 
 A claim is a lease with an epoch. Every later write carries the epoch as a fencing token: once the lease has
 lapsed and the job was given to another worker, writes of the first are refused and change nothing.
@@ -19,12 +19,12 @@ from sqlalchemy.orm import Session
 
 from app.shared import database
 from app.shared.database import transaction
+from app.shared.lapses import HELD, MAX_ATTEMPTS, lapse
 from app.shared.moves import append_events, close_attempt, move
 from app.shared.tables import Dataset, Job, JobAttempt
 from quantry.contract import DatasetRef, JobSpec
 from quantry.jobs import (
     FINISHED,
-    RUNNING,
     Cancelled,
     Failed,
     JobError,
@@ -36,8 +36,6 @@ from quantry.jobs import (
 )
 
 LEASE = timedelta(seconds=60)
-MAX_ATTEMPTS = 3
-_HELD = (*RUNNING, State.CANCELLING)
 
 _REJECTED = {
     "quality-gate": "The result missed its quality gate",
@@ -97,7 +95,7 @@ def claim(
     """
     with transaction(session):
         now = now or database.now(session)
-        _lapse(session, [job_id], max_attempts, now)
+        lapse(session, [job_id], max_attempts, now)
         values = {
             "epoch": Job.epoch + 1,
             "tries": Job.tries + 1,
@@ -143,7 +141,7 @@ def signal(session: Session, claim: Claim) -> Signal:
 
 
 def _signal(state: str | None) -> Signal:
-    if state is None or state not in _HELD:
+    if state is None or state not in HELD:
         return Signal.LOST
     return Signal.CANCEL if state == State.CANCELLING else Signal.CONTINUE
 
@@ -197,7 +195,7 @@ def heartbeat(
 
 def _held(session: Session, claim: Claim) -> Job | None:
     """The row under lock, or None if the claim is stale."""
-    states = [state.value for state in _HELD]
+    states = [state.value for state in HELD]
     query = select(Job).where(Job.id == claim.job_id, Job.state.in_(states), *claim.conditions)
     return session.scalars(query.with_for_update().execution_options(populate_existing=True)).one_or_none()
 
@@ -288,91 +286,3 @@ def release(session: Session, claim: Claim, detail: str, *, now: datetime | None
             session, job.id, claim.epoch, "lost" if to is State.QUEUED else "cancelled", detail, now
         )
         return to
-
-
-def requeue_lapsed(
-    session: Session, *, max_attempts: int = MAX_ATTEMPTS, now: datetime | None = None
-) -> list[str]:
-    """Take jobs back from workers that fell silent, and return the ids of those that are queued again.
-
-    After `max_attempts` runs a job fails as worker-lost; one that was being cancelled is cancelled.
-    """
-    with transaction(session, write=False):
-        now = now or database.now(session)
-        states = [state.value for state in _HELD]
-        lapsed = select(Job.id).where(Job.state.in_(states), Job.lease_until <= now).limit(100)
-        ids = list(session.scalars(lapsed))
-    if not ids:
-        return []
-    with transaction(session):
-        return _lapse(session, ids, max_attempts, now)
-
-
-def _lapse(session: Session, ids: Sequence[str], max_attempts: int, now: datetime) -> list[str]:
-    states = [state.value for state in _HELD]
-    query = select(Job).where(Job.id.in_(ids), Job.state.in_(states), Job.lease_until <= now)
-    query = query.with_for_update(skip_locked=True).execution_options(populate_existing=True)
-    queued = []
-    for job in session.scalars(query).all():
-        worker, epoch, tries, source = job.worker, job.epoch, job.tries, State(job.state)
-        values: dict[str, Any] = {}
-        if source is State.CANCELLING:
-            to = State.CANCELLED
-        elif tries >= max_attempts:
-            to = State.FAILED
-            detail = (
-                f"{tries} workers were lost while they ran this job, the last one {worker}; see its attempts"
-            )
-            error = JobError(type="worker-lost", title="The workers were lost", detail=detail, retryable=True)
-            values["error"] = error.model_dump(mode="json")
-        else:
-            to = State.QUEUED
-            queued.append(job.id)
-        move(session, job.id, [source], to, now=now, conditions=[Job.epoch == epoch], values=values)
-        close_attempt(session, job.id, epoch, "lost", f"worker {worker} fell silent", now)
-    return queued
-
-
-def forfeit(session: Session, worker: str, *, now: datetime | None = None) -> int:
-    """End the leases of a worker that is known to be dead, because one of the same name starts now."""
-    with transaction(session):
-        now = now or database.now(session)
-        states = [state.value for state in _HELD]
-        statement = (
-            update(Job)
-            .where(Job.worker == worker, Job.state.in_(states))
-            .values(lease_until=now)
-            .returning(Job.id)
-        )
-        return len(session.scalars(statement.execution_options(synchronize_session=False)).all())
-
-
-def expire_queued(session: Session, *, now: datetime | None = None) -> list[str]:
-    """End jobs that waited in the queue for longer than their limit, and return their ids."""
-    with transaction(session, write=False):
-        now = now or database.now(session)
-        late = select(Job.id).where(Job.state == State.QUEUED.value, Job.expires_at <= now).limit(100)
-        ids = list(session.scalars(late))
-    if not ids:
-        return []
-    error = JobError(
-        type="queue-limit",
-        title="The job waited too long",
-        detail="no worker took the job within limits.queue_s; retry it, or check that a worker is running",
-        retryable=True,
-    )
-    values = {"error": error.model_dump(mode="json")}
-    with transaction(session):
-        moved = [
-            move(
-                session,
-                job_id,
-                [State.QUEUED],
-                State.EXPIRED,
-                now=now,
-                conditions=[Job.expires_at <= now],
-                values=values,
-            )
-            for job_id in ids
-        ]
-    return [job.id for job in moved if job is not None]

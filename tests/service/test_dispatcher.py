@@ -13,7 +13,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
 from app import broker
-from app.shared import jobs, leases, queue
+from app.shared import jobs, lapses, leases, queue
 from app.shared.dispatcher import Dispatcher, sweep
 from app.shared.settings import Settings, get_settings
 from app.shared.storage import Storage
@@ -141,7 +141,7 @@ def test_the_sweep_removes_what_lost_attempts_left(
             assert claim is not None
             storage.open_part(job_id, 1)
         leases.finish(session, claim, Failed(error=JobError(type="t", title="t", detail="d")), now=now)
-        leases.forfeit(session, "w", now=now)
+        lapses.forfeit(session, "w", now=now)
         assert leases.claim(session, running, worker="w", now=now) is not None
         storage.open_part(running, 2)
         storage.open_part("job_" + "0" * 36, 1)  # of another database

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.shared import jobs, leases
+from app.shared import jobs, lapses, leases
 from app.shared.settings import Settings
 from app.shared.storage import Storage
 from quantry.contract import Limits
@@ -202,7 +202,7 @@ def test_a_fenced_worker_ends_its_copy(runner: Runner) -> None:
     thread = in_background(runner, job_id)
     pids = pids_of(runner, job_id)
     with runner.sessions() as session:  # as if the worker had been frozen past its lease
-        leases.forfeit(session, "w1")
+        lapses.forfeit(session, "w1")
         other = leases.claim(session, job_id, worker="w2")
     assert other is not None
     thread.join(timeout=10)

@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.shared import jobs, leases
+from app.shared import jobs, lapses, leases
 from app.shared.errors import ForbiddenMove
 from app.shared.leases import Claim, Signal, Step
 from app.shared.tables import Job, Outbox
@@ -93,8 +93,8 @@ def test_heartbeats_renew_the_lease(sessions: sessionmaker[Session]) -> None:
         job_id = submit(session)
         claim = claimed(session, job_id)
         leases.heartbeat(session, claim, now=NOW + timedelta(seconds=50))
-        assert leases.requeue_lapsed(session, now=NOW + timedelta(seconds=109)) == []
-        assert leases.requeue_lapsed(session, now=NOW + timedelta(seconds=110)) == [job_id]
+        assert lapses.requeue_lapsed(session, now=NOW + timedelta(seconds=109)) == []
+        assert lapses.requeue_lapsed(session, now=NOW + timedelta(seconds=110)) == [job_id]
 
 
 def test_a_renewal_alone_changes_no_etag(sessions: sessionmaker[Session]) -> None:
@@ -115,7 +115,7 @@ def test_three_lost_workers_end_the_job(sessions: sessionmaker[Session]) -> None
         for _ in range(3):
             claimed(session, job_id, now=now)
             now += timedelta(seconds=61)
-            leases.requeue_lapsed(session, now=now)
+            lapses.requeue_lapsed(session, now=now)
         job = jobs.to_read(jobs.get(session, job_id, owner=OWNER))
         assert job.state is State.FAILED
         assert job.error is not None
@@ -131,7 +131,7 @@ def test_a_lapsed_lease_of_a_cancelling_job_ends_as_cancelled(sessions: sessionm
         job_id = submit(session)
         claimed(session, job_id)
         jobs.cancel(session, job_id, owner=OWNER, now=NOW)
-        leases.requeue_lapsed(session, now=LATE)
+        lapses.requeue_lapsed(session, now=LATE)
         assert jobs.get(session, job_id, owner=OWNER).state == State.CANCELLED
 
 
@@ -148,17 +148,17 @@ def test_a_worker_of_the_same_name_frees_its_job(sessions: sessionmaker[Session]
         mine, other = submit(session), submit(session)
         claimed(session, mine, "w1")
         claimed(session, other, "w2")
-        assert leases.forfeit(session, "w1", now=NOW) == 1
-        assert leases.requeue_lapsed(session, now=NOW) == [mine]
+        assert lapses.forfeit(session, "w1", now=NOW) == 1
+        assert lapses.requeue_lapsed(session, now=NOW) == [mine]
 
 
 def test_a_job_that_waits_too_long_expires(sessions: sessionmaker[Session]) -> None:
     with sessions() as session:
         job_id = submit(session, queue_s=10)
-        assert leases.expire_queued(session, now=NOW + timedelta(seconds=9)) == []
+        assert lapses.expire_queued(session, now=NOW + timedelta(seconds=9)) == []
         later = NOW + timedelta(seconds=10)
         assert leases.claim(session, job_id, worker="w1", now=later) is None
-        assert leases.expire_queued(session, now=later) == [job_id]
+        assert lapses.expire_queued(session, now=later) == [job_id]
         job = jobs.to_read(jobs.get(session, job_id, owner=OWNER))
         assert job.state is State.EXPIRED
         assert job.error is not None
@@ -189,7 +189,7 @@ def test_the_outbox_holds_queued_jobs_and_no_others(sessions: sessionmaker[Sessi
         claimed(session, job_id)
         jobs.cancel(session, other, owner=OWNER, now=NOW)
         assert waiting(session) == set()
-        leases.requeue_lapsed(session, now=LATE)
+        lapses.requeue_lapsed(session, now=LATE)
         assert waiting(session) == {job_id}
 
 

@@ -27,7 +27,7 @@ from hypothesis.stateful import (
 from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.shared import jobs, leases
+from app.shared import jobs, lapses, leases
 from app.shared.database import make_sessions
 from app.shared.errors import ForbiddenMove, IdempotencyConflict, JobFinished, JobNotRetryable
 from app.shared.leases import Claim, Signal, Step
@@ -246,7 +246,7 @@ class Life(RuleBasedStateMachine):
     @rule(worker=st.sampled_from(WORKERS))
     def a_worker_of_the_same_name_starts(self, worker: str) -> None:
         with self.session() as session:
-            leases.forfeit(session, worker, now=self.now)
+            lapses.forfeit(session, worker, now=self.now)
 
     # what passes by itself
 
@@ -258,8 +258,8 @@ class Life(RuleBasedStateMachine):
     def dispatch(self, seconds: int) -> None:
         self.now += timedelta(seconds=seconds)
         with self.session() as session:
-            queued = leases.requeue_lapsed(session, max_attempts=MAX_ATTEMPTS, now=self.now)
-            expired = leases.expire_queued(session, now=self.now)
+            queued = lapses.requeue_lapsed(session, max_attempts=MAX_ATTEMPTS, now=self.now)
+            expired = lapses.expire_queued(session, now=self.now)
         for row in self.rows():
             if row.state in HELD:
                 assert row.lease_until > self.now

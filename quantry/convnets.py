@@ -5,6 +5,7 @@ Names are those in memory, which for these networks are those on disk.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,10 @@ class TrainedLayer:
     bias: bool = False
     reason: str | None = None
     norm: str | None = None  # the batch norm behind it
+
+    @property
+    def weights(self) -> int:
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

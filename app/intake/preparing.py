@@ -24,7 +24,8 @@ from quantry.diffusion_costs import estimate_diffusion
 from quantry.diffusion_planning import DiffusionPlan, plan_diffusion
 from quantry.planning import Plan, plan
 from quantry.reports import Estimate
-from quantry.training_planning import TrainingPlan, estimate_training, is_trainable, plan_training
+from quantry.training_costs import estimate_training
+from quantry.training_planning import TrainingPlan, is_trainable, plan_training
 from quantry.vision import is_vision, vision_family_of
 from quantry.vision_costs import estimate_vision
 from quantry.vision_planning import VisionPlan, plan_vision

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantry.contract import JobSpec
 from quantry.jobs import Rejected, State, Succeeded
 from quantry.reports import EpochReport, QualityRow, Report
-from quantry.training_planning import estimate_training
+from quantry.training_costs import estimate_training
 from worker.errors import TrainingDiverged
 from worker.metrics.quality import classifier_figures
 from worker.outcome import clock, cost, environment, gate, whole_or_gone, write_papers

@@ -74,7 +74,7 @@ class InputStatistics:
             if floating is not None and self.cross is not None:
                 add_product(self.cross.T, columns, floating[tokens] - flat[tokens])
             if y_f is not None and self.outputs is not None:
-                add_exact(self.outputs.T, columns, y_f.view(-1, len(self.outputs))[tokens])
+                add_exact(self.outputs.T, columns, y_f.flatten(0, -2)[tokens])
 
     def mean(self, layer: str) -> InputStatistics:
         """The same, divided by the number of tokens; the sums are used up.

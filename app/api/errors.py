@@ -19,6 +19,7 @@ from fastapi.exceptions import RequestValidationError, ResponseValidationError
 from sqlalchemy.exc import OperationalError, TimeoutError
 from starlette.exceptions import HTTPException
 
+from app.api.unknown_fields import unknown_field
 from app.contents import UploadRefused
 from app.intake.errors import HubUnreachable, InputRefused
 from app.shared import errors
@@ -228,6 +229,8 @@ def _field(entry: Mapping[str, Any], body: Any) -> dict[str, str]:
     place, *parts = entry["loc"]
     cause = entry.get("ctx", {}).get("error")
     detail = str(cause) if isinstance(cause, ValueError) else str(entry["msg"])
+    if entry["type"] == "extra_forbidden":
+        detail = unknown_field(str(parts[-1]))
     if place != "body":
         return {"path": str(parts[0] if parts else place), "in": str(place), "detail": detail}
     return field_error(".".join(_body_path(parts, body)), detail)

@@ -229,10 +229,10 @@ def _field(entry: Mapping[str, Any], body: Any) -> dict[str, str]:
     place, *parts = entry["loc"]
     cause = entry.get("ctx", {}).get("error")
     detail = str(cause) if isinstance(cause, ValueError) else str(entry["msg"])
-    if entry["type"] == "extra_forbidden":
-        detail = unknown_field(str(parts[-1]))
     if place != "body":
         return {"path": str(parts[0] if parts else place), "in": str(place), "detail": detail}
+    if entry["type"] == "extra_forbidden":
+        detail = unknown_field(str(parts[-1]))
     return field_error(".".join(_body_path(parts, body)), detail)
 
 

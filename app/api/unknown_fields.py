@@ -11,6 +11,7 @@ from typing import Any
 from quantry.requests import JobRequest
 
 MOST = 3  # places that are named
+ALIKE = 0.8  # of difflib: a letter or two wrong
 
 
 def unknown_field(name: str) -> str:
@@ -18,7 +19,7 @@ def unknown_field(name: str) -> str:
     places = _places()
     if name in places:
         return f"no field of this name here; there is {_listed(places[name])}"
-    meant = [place for match in get_close_matches(name, places, MOST) for place in places[match]]
+    meant = [place for match in get_close_matches(name, places, MOST, ALIKE) for place in places[match]]
     return f"no such field; did you mean {_listed(meant)}?" if meant else "no such field"
 
 

@@ -92,6 +92,30 @@ def test_a_bad_idempotency_key_is_refused(client: TestClient, key: str) -> None:
     assert response.json()["errors"][0]["in"] == "header"
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "known"),
+    [
+        ("GET", "/v1/jobs?sate=failed", "limit, cursor, state, label"),
+        ("GET", "/v1/jobs/job_00000000-0000-7000-8000-000000000000?wait=3", "no parameter"),
+        ("POST", "/v1/datasets?name=a.txt&kind=text", "name"),
+    ],
+)
+def test_an_unknown_query_parameter_is_refused(
+    client: TestClient, method: str, path: str, known: str
+) -> None:
+    """A filter with a typing mistake would list every job."""
+    response = client.request(method, path)
+    assert response.status_code == 422
+    (error,) = response.json()["errors"]
+    assert error["in"] == "query"
+    assert f"{error['path']}=" in path
+    assert known in error["detail"]
+
+
+def test_probes_take_any_query(client: TestClient) -> None:
+    assert client.get("/healthz?from=balancer").status_code == 200
+
+
 def test_the_queue_of_an_owner_is_bounded(client: TestClient, app: Any) -> None:
     services = app.state.services
     tight = services.settings.model_copy(update={"max_unfinished_jobs": 2})

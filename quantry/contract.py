@@ -50,8 +50,8 @@ class ModelRef(Model):
             return cls(source="local", id=text)
         if text.startswith("local:"):
             return cls(source="local", id=text.removeprefix("local:"))
-        name, _, revision = text.removeprefix("hub:").partition("@")
-        return cls(source="hub", id=name, revision=revision or None)
+        name, at, revision = text.removeprefix("hub:").partition("@")
+        return cls(source="hub", id=name, revision=revision if at else None)
 
 
 class DatasetRef(Model):
@@ -119,7 +119,7 @@ class Evaluation(Model):
     """Perplexity on windows of text (docs/perplexity.md), accuracy on images, or samples against full precision's."""
 
     dataset: Dataset = DatasetRef(source="bundled", id="bundled/pydoc", split="test")
-    samples: int | None = Field(None, ge=1, description="windows at most; null: the whole text")
+    samples: int | None = Field(None, ge=1, le=2**31 - 1, description="windows at most; null: the whole text")
     sequence_length: int | None = Field(None, ge=8, le=131072, description="null: as the calibration")
     metrics: tuple[Metric, ...] | None = Field(
         None,
@@ -141,7 +141,10 @@ class Accept(Model):
     """A quality gate: a job that misses it ends as `rejected`; its files can still be read."""
 
     perplexity_increase_max: float | None = Field(
-        None, gt=0, description="of quantized over full precision, relative: 0.1 is ten per cent"
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="of quantized over full precision, relative: 0.1 is ten per cent",
     )
     accuracy_drop_max: float | None = Field(
         None, ge=0, le=1, description="of top-1 accuracy below full precision, absolute: 0.01 is one point"

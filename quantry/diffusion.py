@@ -194,3 +194,11 @@ def _json(name: str, read: Read) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise HeaderError(f"{name} is not a JSON object")
     return value
+
+
+def pipeline_for(pipeline: str, scheduler: str) -> str:
+    """The class that samples with this scheduler; a DDIMPipeline makes a DDIMScheduler of any it is given."""
+    return _OF_SCHEDULER.get(scheduler, pipeline) if pipeline in _OF_SCHEDULER.values() else pipeline
+
+
+_OF_SCHEDULER = {"DDIMScheduler": "DDIMPipeline", "DDPMScheduler": "DDPMPipeline"}

@@ -24,7 +24,7 @@ class WeightGrid(Model):
 
     bits: Bits
     group_size: int | None = Field(
-        None, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
+        None, ge=2, le=65536, description="input columns that share a scale; null: one scale a row"
     )
     symmetric: bool = True
     clip: Clip = "none"
@@ -72,7 +72,7 @@ class SvdquantStep(WeightGrid):
 
     method: Literal["svdquant"] = "svdquant"
     group_size: int | None = Field(
-        64, ge=8, le=65536, description="input columns that share a scale; null: one scale a row"
+        64, ge=2, le=65536, description="input columns that share a scale; null: one scale a row"
     )
     edge_bits: Bits | None = EDGE_BITS
     rank: int = Field(32, ge=1, le=1024, description="singular directions that stay in 16 bits")
@@ -346,4 +346,4 @@ def check_recipe(recipe: tuple[Step, ...]) -> None:
 
 def dividing_group_sizes(columns: int) -> list[int]:
     """The usual group sizes that divide `columns`, largest first."""
-    return [size for size in (1024, 512, 256, 128, 96, 64, 48, 32, 16, 8) if columns % size == 0]
+    return [size for size in (1024, 512, 256, 128, 96, 64, 48, 32, 16, 8, 4, 2) if columns % size == 0]

@@ -27,6 +27,7 @@ from quantry.recipe import (
     UniformStep,
 )
 from quantry.sampling import Sampling
+from quantry.unused import check_unused
 
 
 class JobRequest(Model):
@@ -56,7 +57,7 @@ class JobRequest(Model):
         "activations of 8 bits",
     )
     correction: Literal["bias_compensation", "softmax_bias", "noise_correction"] | None = None
-    group_size: int | None = Field(None, ge=8, le=65536)
+    group_size: int | None = Field(None, ge=2, le=65536)
     symmetric: bool | None = None
     recipe: tuple[Step, ...] | None = Field(None, min_length=1, max_length=8)
     calibration: Calibration = Calibration()
@@ -72,9 +73,13 @@ class JobRequest(Model):
     def resolve(self) -> JobSpec:
         """The full form. Raises SpecError, naming the field."""
         self._check_training()
-        model = ModelRef.parse(self.model) if isinstance(self.model, str) else self.model
         short = {"bits", "method", "correction", "group_size", "symmetric"}
         rest = {name: getattr(self, name) for name in type(self).model_fields if name not in short}
+        try:
+            model = ModelRef.parse(self.model) if isinstance(self.model, str) else self.model
+        except ValidationError as error:
+            raise SpecError("model", f"{self.model!r}: {_spec_error(error)}") from error
+        check_unused(model, self)
         try:
             return JobSpec(**{**rest, "model": model, "recipe": self.recipe or self._recipe()})
         except ValidationError as error:

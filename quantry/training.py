@@ -32,7 +32,7 @@ class GradientGrid(Model):
         1.0, ge=0.001, le=1, description="fixed: half-width of the grid over the largest gradient"
     )
     alpha: float = Field(1e-3, gt=0, le=1, description="share of the gradients that count as large")
-    beta: float = Field(1e-3, gt=0, le=0.1, description="step of the interval at each iteration")
+    beta: float = Field(1e-3, ge=1e-5, le=0.1, description="step of the interval at each iteration")
     warm_start: bool = Field(
         True, description="large_gradient: the first batch finds the first interval and trains nothing"
     )

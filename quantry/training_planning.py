@@ -254,7 +254,8 @@ def _inactive(layers: list[TrainedLayer], step: FixedPointTrainingStep) -> Itera
     if grid is None or grid.interval != "large_gradient":
         return
     least = least_gradients(step, grid)
-    yield from (layer.name for layer in layers if step.batch_size * layer.outputs < least)
+    batch = min(step.batch_size, step.samples or step.batch_size)
+    yield from (layer.name for layer in layers if batch * layer.outputs < least)
 
 
 def least_gradients(step: FixedPointTrainingStep, grid: GradientGrid) -> float:

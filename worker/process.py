@@ -111,7 +111,10 @@ def _resource(error: BaseException) -> QuantizationError | None:
             isinstance(cause, RuntimeError | OSError) and any(part in text for part in _MEMORY_TEXTS)
         ):
             said = f" ({text.splitlines()[0]})" if text else ""
-            advice = "lower calibration.samples or calibration.sequence_length, or use a larger worker"
+            advice = (
+                "lower calibration.samples, calibration.sequence_length or the batch of the recipe's step, "
+                "whichever the job has, or use a larger worker"
+            )
             return OutOfMemory(f"memory ran out{said}; {advice}")
     return None
 

@@ -33,7 +33,7 @@ from worker.progress import Progress
 
 @dataclass
 class Cost:
-    """Seconds spent on quantization itself: statistics, methods and the calibration streams."""
+    """Seconds spent on quantization itself, in all attempts: statistics, methods and the calibration streams."""
 
     wall_s: float = 0.0
     cpu_s: float = 0.0
@@ -43,8 +43,12 @@ class Cost:
         self._began = (time.perf_counter(), time.process_time())
 
     def __exit__(self, *_: object) -> None:
-        self.wall_s += time.perf_counter() - self._began[0]
-        self.cpu_s += time.process_time() - self._began[1]
+        self.add(time.perf_counter() - self._began[0], time.process_time() - self._began[1])
+
+    def add(self, wall_s: float, cpu_s: float) -> None:
+        """Count seconds that were spent elsewhere: by an earlier attempt."""
+        self.wall_s += wall_s
+        self.cpu_s += cpu_s
 
 
 @dataclass(frozen=True)
@@ -120,6 +124,7 @@ class BlockSweep:
             original = self.model.block(index)
             if index < done:
                 finished = self.store.load(index, self.model.device)
+                self.cost.add(finished.wall_s, finished.cpu_s)
                 self._replay(index, original, finished.layers, streams)
                 self.progress.advance(done, total, f"replaying block {index + 1} of {done}")
             else:
@@ -170,7 +175,7 @@ class BlockSweep:
         return streams
 
     def _visit(self, index: int, original: nn.Module, streams: _Streams) -> FinishedBlock:
-        began = time.perf_counter()
+        began, before = time.perf_counter(), copy.copy(self.cost)
         with self.cost:
             block = self.quantizer.quantize(index, original, streams.given, streams.floating)
             if streams.deployed is not None and streams.floating is not None:
@@ -180,7 +185,8 @@ class BlockSweep:
         reports = self._layer_reports(index, original, block, nearest, streams)
         self._advance_evaluation(index, original, block.module, nearest, streams)
         report = _block_report(index, streams, time.perf_counter() - began)
-        return FinishedBlock(block.layers, reports, report)
+        spent = self.cost.wall_s - before.wall_s, self.cost.cpu_s - before.cpu_s
+        return FinishedBlock(block.layers, reports, report, *spent)
 
     def _replay(
         self, index: int, original: nn.Module, layers: dict[str, QuantizedLayer], streams: _Streams

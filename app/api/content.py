@@ -108,6 +108,8 @@ class ContentResponse(Response):
             return
         length = self.source.length
         wanted = request.get("range") if request.get("if-range", self.etag) == self.etag else None
+        if scope.get("quantry.head"):
+            wanted = None  # ranges are of GET alone (RFC 9110, section 14.2)
         try:
             spans = ranges.parse(wanted, length)
         except ranges.NotSatisfiable:

@@ -128,14 +128,17 @@ def register(app: FastAPI, allowed: Callable[[str], Sequence[str]]) -> None:
         app.add_exception_handler(kind, handler)
 
 
-def field_error(path: str, detail: str) -> dict[str, str]:
-    """One wrong field: its dotted path, the same as a JSON pointer, and what is wrong."""
-    return {"path": path, "pointer": "#/" + path.replace(".", "/"), "detail": detail}
+def field_error(parts: Sequence[str], detail: str) -> dict[str, str]:
+    """One wrong field: its dotted path, the same as a JSON pointer (RFC 6901), and what is wrong."""
+    pointer = "".join("/" + part.replace("~", "~0").replace("/", "~1") for part in parts)
+    return {"path": ".".join(parts), "pointer": "#" + pointer, "detail": detail}
 
 
 async def _spec_error(request: Request, error: SpecError) -> Response:
     detail = f"{error.path}: {error.detail}"
-    return _titled("invalid-request", detail, request, errors=[field_error(error.path, error.detail)])
+    return _titled(
+        "invalid-request", detail, request, errors=[field_error(error.path.split("."), error.detail)]
+    )
 
 
 async def _problem_error(request: Request, error: ProblemError) -> Response:
@@ -151,7 +154,7 @@ async def _service_error(request: Request, error: errors.ServiceError) -> Respon
         return await _internal(request, error)
     headers = {"WWW-Authenticate": 'Bearer realm="quantry"'} if status == 401 else {}
     path = getattr(error, "path", None)
-    fields = [field_error(path, str(error))] if path else None
+    fields = [field_error(path.split("."), str(error))] if path else None
     detail = f"{path}: {error}" if path else str(error)
     return problem(
         status, error.type, error.title, detail, instance=request.url.path, errors=fields, headers=headers
@@ -233,7 +236,7 @@ def _field(entry: Mapping[str, Any], body: Any) -> dict[str, str]:
         return {"path": str(parts[0] if parts else place), "in": str(place), "detail": detail}
     if entry["type"] == "extra_forbidden":
         detail = unknown_field(str(parts[-1]))
-    return field_error(".".join(_body_path(parts, body)), detail)
+    return field_error(_body_path(parts, body), detail)
 
 
 def _innermost(fields: Sequence[dict[str, str]]) -> list[dict[str, str]]:

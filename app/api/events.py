@@ -72,14 +72,14 @@ async def read_events(
 @router.get(
     "/logs",
     response_class=PlainTextResponse,
-    responses={200: {"content": {"text/plain": {}}, "description": "one line an event"}},
+    responses={200: {"content": {"text/plain": {}}, "description": "log lines and warnings"}},
 )
 def read_logs(caller: Reader, job_id: JobId, services: ServicesDep) -> PlainTextResponse:
     """The log lines and warnings of all attempts as text, one a line: time, kind, message."""
     lines, after = [], 0
     while batch := _list(services, job_id, caller.owner, after, _BATCH):
         after = batch[-1].id
-        lines += [_line(event) for event in batch if event.kind in ("log", "warning")]
+        lines += [_lines(event) for event in batch if event.kind in ("log", "warning")]
     return PlainTextResponse("".join(lines))
 
 
@@ -116,7 +116,10 @@ def _message(event: Event) -> bytes:
     return f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
 
 
-def _line(event: Event) -> str:
-    message = event.data.get("message")
-    text = message if isinstance(message, str) else json.dumps(event.data, ensure_ascii=False)
-    return f"{event.at.isoformat(timespec='milliseconds')} {event.kind:<7} {' '.join(text.splitlines())}\n"
+def _lines(event: Event) -> str:
+    """The event's message, or the end of the log of a process that failed: each line with time and kind."""
+    text = event.data.get("message", event.data.get("tail"))
+    if not isinstance(text, str):
+        text = json.dumps(event.data, ensure_ascii=False)
+    begin = f"{event.at.isoformat(timespec='milliseconds')} {event.kind:<7} "
+    return "".join(f"{begin}{line}\n" for line in text.splitlines())

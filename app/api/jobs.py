@@ -32,6 +32,7 @@ IdempotencyKey = Annotated[
         description="The same key with the same request makes one job, however often it is sent",
     ),
 ]
+_REPLAYED = {"Idempotency-Replayed": "true"}
 LabelFilter = Annotated[str, Query(max_length=127, pattern=r"^[A-Za-z0-9._-]{1,63}[:=][A-Za-z0-9._-]{1,63}$")]
 
 
@@ -48,9 +49,9 @@ def create_job(
         if idempotency_key is not None:
             job = jobs.repeated(session, owner=caller.owner, key=idempotency_key, request_sha256=digest)
             if job is not None:
-                return _shown(job, 202, {"Idempotency-Replayed": "true"})
+                return _shown(job, 202, _REPLAYED)
         prepared = prepare(request.resolve(), services.settings, session=session, owner=caller.owner)
-        job = jobs.submit(
+        job, new = jobs.submit_once(
             session,
             prepared.spec,
             owner=caller.owner,
@@ -58,7 +59,7 @@ def create_job(
             request_sha256=digest,
             max_unfinished=services.settings.max_unfinished_jobs,
         )
-    return _shown(job, 202)
+    return _shown(job, 202, {} if new else _REPLAYED)
 
 
 @router.get("", response_model=JobPage)

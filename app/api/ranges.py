@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 
 MAX_RANGES = 16  # more than this is not worth an answer in parts (RFC 9110, section 14.2)
-_SPEC = re.compile(r"(\d{1,19})-(\d{1,19})?|-(\d{1,19})", re.ASCII)
+_SPEC = re.compile(r"(\d{1,999})-(\d{1,999})?|-(\d{1,999})", re.ASCII)
 
 
 @dataclass(frozen=True)

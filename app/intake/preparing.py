@@ -8,12 +8,12 @@ from dataclasses import dataclass, replace
 from sqlalchemy.orm import Session
 
 from app.intake.datasets import Sources
-from app.intake.errors import ModelNotFound
+from app.intake.errors import ModelNotFound, ModelRefused
 from app.intake.folders import Outside, below_roots, read_folder
 from app.intake.hub import Hub
 from app.intake.images import Images, check_images, check_training_images, read_images
 from app.intake.starts import check_start
-from app.intake.texts import check_length, check_overlap, read_text
+from app.intake.texts import check_evaluation, check_length, check_overlap, read_text
 from app.shared.settings import Settings
 from quantry.base import SpecError
 from quantry.bundled import NotBundledError, bundled_model
@@ -79,6 +79,15 @@ def prepare(spec: JobSpec, settings: Settings, *, session: Session, owner: str) 
 
     Raises SpecError, InputRefused and its kinds.
     """
+    try:
+        return _prepared(spec, settings, session, owner)
+    except SpecError as error:
+        if error.path == "model":  # said of the checkpoint, not of the field
+            raise ModelRefused(error.path, error.detail) from error
+        raise
+
+
+def _prepared(spec: JobSpec, settings: Settings, session: Session, owner: str) -> Prepared:
     hub = Hub(settings.hub_url, settings.cache, settings.offline)
     sources = Sources(settings, hub, session, owner)
     ref, outside = _model(spec.model, settings, hub, weights=spec.reads_weights)
@@ -101,6 +110,8 @@ def _language_model(spec: JobSpec, outside: Outside, sources: Sources) -> Prepar
     pinned = _pinned(spec, calibration.ref, evaluation.ref if evaluation else None)
     planned = plan(pinned, outside.config, outside.tensors)
     check_length(planned.spec, calibration)
+    if evaluation is not None:
+        check_evaluation(planned.spec, evaluation)
     return Prepared(planned, evaluation_bytes=evaluation.bytes if evaluation else None)
 
 

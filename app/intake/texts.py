@@ -35,6 +35,8 @@ def read_text(ref: DatasetRef, role: Role, sources: Sources) -> Text:
     if found.path is not None and found.path.is_dir():
         raise DatasetRefused(f"{role}.dataset.id", f"{ref.id} is not a file")
     check_suffix(found, role, SUFFIXES, "a text")
+    if found.path is not None and found.bytes == 0:
+        raise DatasetRefused(f"{role}.dataset.id", f"{ref.id} is empty")
     plain = found.suffix != ".parquet" and found.bytes > 0  # a Parquet file is compressed
     return Text(found.ref, int(found.bytes * _SHARES[split]) if plain else None)
 
@@ -67,6 +69,18 @@ def check_length(spec: JobSpec, text: Text) -> None:
             "calibration.samples",
             f"{samples} windows of {length} tokens need {samples * length} tokens, and {text.ref.id} "
             f"has only {text.bytes} bytes: give more text, fewer samples or a shorter sequence_length",
+        )
+
+
+def check_evaluation(spec: JobSpec, text: Text) -> None:
+    """Refuse a text with fewer bytes than one window has tokens. Raises SpecError."""
+    assert spec.evaluation is not None
+    length = spec.evaluation.sequence_length or spec.calibration.sequence_length
+    if text.bytes is not None and length is not None and text.bytes < length:
+        raise SpecError(
+            "evaluation.sequence_length",
+            f"a window has {length} tokens, and {text.ref.id} only {text.bytes} bytes: give more text or a shorter "
+            "sequence_length",
         )
 
 

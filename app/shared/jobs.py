@@ -46,7 +46,29 @@ def submit(
     max_unfinished: int | None = None,
     now: datetime | None = None,
 ) -> Job:
-    """Store a job and announce it. The announcement may be lost: the dispatcher repeats it.
+    """The job alone of `submit_once`."""
+    return submit_once(
+        session,
+        spec,
+        owner=owner,
+        idempotency_key=idempotency_key,
+        request_sha256=request_sha256,
+        max_unfinished=max_unfinished,
+        now=now,
+    )[0]
+
+
+def submit_once(
+    session: Session,
+    spec: JobSpec,
+    *,
+    owner: str,
+    idempotency_key: str | None = None,
+    request_sha256: str | None = None,
+    max_unfinished: int | None = None,
+    now: datetime | None = None,
+) -> tuple[Job, bool]:
+    """Store a job and announce it; and whether it is new. The announcement may be lost: the dispatcher repeats it.
 
     The same `idempotency_key` with the same request returns the job that the first request made.
     Raises IdempotencyConflict if the request differs, QueueFull if the owner has `max_unfinished` jobs.
@@ -56,7 +78,7 @@ def submit(
         with transaction(session):
             job = _repeated(session, owner, idempotency_key, digest)
             if job is not None:
-                return job
+                return job, False
             _check_room(session, owner, max_unfinished)
             job = _new_job(spec, owner, idempotency_key, digest, now or database.now(session))
             session.add(job)
@@ -69,10 +91,10 @@ def submit(
             job = _repeated(session, owner, idempotency_key, digest)
         if job is None:
             raise
-        return job
+        return job, False
     if queue.configured() and not queue.ring(job.id):
         _not_rung(session, job.id)
-    return job
+    return job, True
 
 
 def _not_rung(session: Session, job_id: str) -> None:
@@ -279,7 +301,7 @@ def etag_of(job_id: str, version: int) -> str:
 def to_read(job: Job) -> JobRead:
     """The job as the API shows it."""
     base = f"/v1/jobs/{job.id}"
-    names = ["events", "attempts"]
+    names = ["events", "logs", "attempts"]
     if job.artifact is not None:
         names += ["report", "layers", "files", "checkpoint"]
     if job.state in (State.QUEUED, *RUNNING):

@@ -18,11 +18,16 @@ from worker.models.network import Network, join
 
 @dataclass(frozen=True)
 class FinishedBlock:
-    """A quantized block: its layers by name inside the block, and what is reported of it."""
+    """A quantized block: its layers by name inside the block, what is reported of it, and the seconds it took.
+
+    wall_s, cpu_s: of the quantization alone, without the evaluation's streams.
+    """
 
     layers: dict[str, QuantizedLayer]
     reports: tuple[LayerReport, ...]
     report: BlockReport
+    wall_s: float = 0.0
+    cpu_s: float = 0.0
 
 
 class BlockStore:
@@ -62,6 +67,7 @@ class BlockStore:
             "layers": json.dumps(facts),
             "reports": json.dumps([r.model_dump(mode="json") for r in block.reports]),
             "report": block.report.model_dump_json(),
+            "seconds": json.dumps([block.wall_s, block.cpu_s]),
         }
         self._pieces.save(_name(index), tensors, metadata)
 
@@ -71,7 +77,8 @@ class BlockStore:
             name: _layer(tensors, name, facts) for name, facts in json.loads(metadata["layers"]).items()
         }
         reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
-        return FinishedBlock(layers, reports, BlockReport.model_validate_json(metadata["report"]))
+        report = BlockReport.model_validate_json(metadata["report"])
+        return FinishedBlock(layers, reports, report, *json.loads(metadata["seconds"]))
 
     def layers(self, network: Network) -> Iterator[tuple[str, QuantizedLayer]]:
         """Every layer under its full name, block by block."""

@@ -14,7 +14,7 @@ import diffusers
 import torch
 from torch import Tensor
 
-from quantry.diffusion import INDEX, SCHEDULER_CONFIG, PipelineFamily, parts_of
+from quantry.diffusion import INDEX, SCHEDULER_CONFIG, PipelineFamily, parts_of, pipeline_for
 from quantry.diffusion_planning import DiffusionPlan
 from worker.diffusion.conditions import GuidedLabels, GuidedPrompts, Labelled, Predict, Unconditional
 from worker.diffusion.steps import Step, read_steps
@@ -69,6 +69,10 @@ def load_pipeline(folder: Path, plan: DiffusionPlan, prompts: Prompts, device: t
         scheduler = type(pipeline.scheduler).from_config(
             pipeline.scheduler.config
         )  # pipelines change settings
+        if type(scheduler).__name__ != plan.scheduler:
+            raise ModelError(
+                f"a {plan.family.name} does not sample with {plan.scheduler}: leave `scheduler` out"
+            )
         steps = read_steps(scheduler, plan.steps, eta=plan.sampling.eta)
     decoder = getattr(pipeline, family.decoder) if family.decoder else None
     for module in filter(None, (network, decoder)):
@@ -93,7 +97,7 @@ def make_scheduler(folder: Path, plan: DiffusionPlan) -> Any:
 
 def _pipeline(folder: Path, plan: DiffusionPlan, networks: Mapping[str, Any]) -> Any:
     """The pipeline around the networks. Raises ModelError."""
-    kind = getattr(diffusers, plan.family.name)
+    kind = getattr(diffusers, pipeline_for(plan.family.name, plan.scheduler))
     extra = {"requires_safety_checker": False} if _UNREAD in plan.family.others else {}
     left_out = {_UNREAD: None} if _UNREAD in plan.family.others else {}
     with blaming(f"scheduler/{SCHEDULER_CONFIG} cannot be used"):

@@ -31,6 +31,7 @@ from worker.diffusion.unet import UNetLayer, layer_bits
 from worker.diffusion.weights import Clip, UNetWeight, quantize_weight, set_weights
 from worker.errors import NonFiniteError
 
+TRAJECTORIES = 32  # at least, where there are as many samples: few of them would be all that any step sees
 LATENTS = 128  # that ranges are fitted to, where no weight step asks for another number
 FEATURE_SAMPLES = 8  # that the density of timesteps is seen on
 BATCH = 64  # samples that are sampled at once
@@ -49,7 +50,7 @@ def calibration_latents(job: DiffusionJob) -> Calibration:
         return middle_features(job.full, _middle(job.full.unet), trajectory(job.full, steps, few))
 
     counts = allocate(job.plan.sampling.timestep_sampler, len(steps), total, features)
-    wanted = noise.of(range(min(max(counts), len(noise.seeds))))
+    wanted = noise.of(range(min(max(*counts, TRAJECTORIES), len(noise.seeds))))
 
     def run(batch: int) -> Calibration:
         parts: list[list[Latents]] = []
@@ -72,9 +73,11 @@ def calibration_latents(job: DiffusionJob) -> Calibration:
 
 
 def _middle(network: Any) -> str:
-    """The module in the middle of a denoiser."""
+    """The module in the middle of a denoiser; of a U-Net without a middle block the last that leads down."""
     blocks = getattr(network, "transformer_blocks", None)
-    return "mid_block" if blocks is None else f"transformer_blocks.{len(blocks) // 2}"
+    if blocks is not None:
+        return f"transformer_blocks.{len(blocks) // 2}"
+    return "mid_block" if network.mid_block is not None else f"down_blocks.{len(network.down_blocks) - 1}"
 
 
 def round_weights(job: DiffusionJob, latents: Calibration) -> dict[str, UNetWeight]:

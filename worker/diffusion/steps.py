@@ -67,6 +67,11 @@ def read_steps(scheduler: Any, count: int, *, eta: float = 0.0) -> tuple[Step, .
     fresh = type(scheduler).from_config(scheduler.config)
     fresh.set_timesteps(count)
     times = [int(t) for t in fresh.timesteps]
+    if len(times) != count or min(times) < 0:
+        raise RecipeError(
+            f"steps: {fresh.config.timestep_spacing} spacing of {count} steps over {limit} gives {len(times)} "
+            f"timesteps, down to {min(times)}; use {count - 1} or {count + 1}"
+        )
     if times[0] >= limit:
         raise RecipeError(
             f"steps: {count} steps start at timestep {times[0]}, beyond {limit - 1}; use fewer steps "
@@ -138,8 +143,9 @@ def _ddim_step(scheduler: Any, times: list[int], index: int, eta: float) -> Step
     variance = (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
     sigma = eta * math.sqrt(max(0.0, variance))
     left = 1 - alpha_next - sigma**2
-    if left < 0:
+    if left < -1e-12:
         raise RecipeError(f"eta: {eta} asks for more noise than timestep {time} has; use at most 1")
+    left = max(0.0, left)  # with eta 1 at a timestep without signal it is 0, but for rounding
     p, q, r, s = _predictions(scheduler.config.prediction_type, alpha)
     to_sample, to_noise = math.sqrt(alpha_next), math.sqrt(left)
     return Step(time, to_sample * p + to_noise * r, to_sample * q + to_noise * s, sigma)

@@ -72,7 +72,8 @@ def middle_features(network: StepNetwork, middle: str, latents: Iterable[Latents
     found: list[Tensor] = []
     everything = list(latents)  # a trajectory runs the network too, which must not be seen
 
-    def see(module: object, inputs: object, output: Tensor) -> None:
+    def see(module: object, inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+        output = output[0] if isinstance(output, tuple) else output  # a block beside its skip connections
         found.append(output.float().mean(0).flatten().cpu())
 
     with network.unet.get_submodule(middle).register_forward_hook(see):

@@ -18,7 +18,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 import quantry
-from quantry.diffusion import SIDECAR, parts_of
+from quantry.diffusion import SIDECAR, parts_of, pipeline_for
 from quantry.layers.linear import pack_weight
 from quantry.layers.operands import attached
 from quantry.pipelines import FORMAT_VERSION, GAIN, SETTINGS, SHIFT, TENSORS
@@ -32,8 +32,6 @@ from worker.errors import ExportError
 from worker.export.files import sync_folder, whole_or_nothing, write_bytes, write_json
 from worker.export.quantry_format import Operands
 
-# Each samples with its own scheduler, whatever it is given
-_UNCONDITIONAL = {"DDIMScheduler": "DDIMPipeline", "DDPMScheduler": "DDPMPipeline"}
 _SCALES = {torch.float16: "float16", torch.float32: "float32"}
 _LEFT_OUT = (".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".onnx", ".py", ".h5", ".pkl")
 
@@ -70,9 +68,7 @@ def write_pipeline(source: Path, target: Path, artifact: Artifact) -> None:
         index = json.loads((source / "model_index.json").read_text(encoding="utf-8"))
         scheduler = type(artifact.scheduler).__name__
         index["scheduler"] = ["diffusers", scheduler]
-        index["_class_name"] = (
-            _UNCONDITIONAL.get(scheduler, "") if _is_unconditional(index) else index["_class_name"]
-        )
+        index["_class_name"] = pipeline_for(index["_class_name"], scheduler)
         write_json(target / "model_index.json", index)
         for part in parts_of(index):
             if part not in (artifact.component, "scheduler"):
@@ -87,10 +83,6 @@ def write_pipeline(source: Path, target: Path, artifact: Artifact) -> None:
         write_bytes(target / TENSORS, save(dict(_tensors(artifact))))
         write_json(target / SIDECAR, _sidecar(artifact))
         sync_folder(target)
-
-
-def _is_unconditional(index: Mapping[str, Any]) -> bool:
-    return index["_class_name"] in _UNCONDITIONAL.values()
 
 
 def _copy(source: Path, target: Path) -> None:

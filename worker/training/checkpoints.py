@@ -43,6 +43,8 @@ class Checkpoints:
         )
         for name, signed in json.loads(metadata["signed"]).items():
             trainer.layers[name].signed = signed
+        for name, count in json.loads(metadata["gradients"]).items():
+            trainer.gradients[name].count = count
         for kind in _KINDS:
             _restore(getattr(trainer, kind), kind, tensors)
         trainer.curve = [EpochReport.model_validate(epoch) for epoch in json.loads(metadata["curve"])]
@@ -60,7 +62,8 @@ class Checkpoints:
 def _metadata(trainer: Trainer) -> dict[str, str]:
     signed = {name: layer.signed for name, layer in trainer.layers.items()}
     curve = [epoch.model_dump(mode="json") for epoch in trainer.curve]
-    return {"signed": json.dumps(signed), "curve": json.dumps(curve)}
+    counts = {name: gradient.count for name, gradient in trainer.gradients.items()}
+    return {"signed": json.dumps(signed), "gradients": json.dumps(counts), "curve": json.dumps(curve)}
 
 
 def _optimiser_state(

@@ -113,6 +113,8 @@ class GradientQuantizer(nn.Module):
 
     def _move(self, g: Tensor, half_width: Tensor) -> None:
         rule = {"alpha": self.alpha, "beta": self.beta}
+        if self.warming and not self.active:
+            return  # the rule keeps the whole range
         if self.warming:
             following = warm_start(g, bits=self.bits, **rule)
         else:

@@ -34,6 +34,7 @@ def run(spec: JobSpec, workspace: Workspace, progress: Progress) -> Succeeded | 
     before = clock()
     trainer, kept_epoch, stopped = training.quantized()
     own = (clock()[0] - before[0], clock()[1] - before[1])
+    training.warn_of_inactive(trainer)
     baseline = None
     if training.compares and training.diverged is None:
         baseline = training.full_precision(len(trainer.curve))
@@ -96,9 +97,26 @@ class TrainingRun:
             take_ranges(network, packed)
         return self._train(self._trainer(network), "quantized", job.step.epochs)
 
+    def warn_of_inactive(self, trainer: Trainer) -> None:
+        """Name the layers in which the rule was inactive though the plan, which knew less of the images, said not."""
+        late = [
+            name
+            for name, gradient in trainer.gradients.items()
+            if gradient.interval == "large_gradient"
+            and not gradient.active
+            and name not in self._job.plan.inactive
+        ]
+        if late:
+            self._warn(
+                f"the large-gradient interval was inactive, for want of gradients, in {', '.join(late)} too"
+            )
+
     def full_precision(self, epochs: int) -> Trainer | None:
-        """The same training without quantizers, for as many epochs; None if it diverged."""
-        network, _ = self._job.network()
+        """The same training without quantizers, for as many epochs; None if it diverged.
+
+        It starts from the checkpoint, also where the other starts from what a job has made of it.
+        """
+        network = self._job.reference()
         try:
             return self._train(self._trainer(network), "fp", epochs)[0]
         except TrainingDiverged as error:
@@ -143,11 +161,11 @@ class TrainingRun:
                 self._diverged(stopped)
                 break
             best = _best_epoch(trainer.curve)
-            if quantizes and best == len(trainer.curve):
+            if best == len(trainer.curve):
                 store.keep_best(trainer)
             store.save(trainer)
             self._progress.event("epoch", {"network": name, **report.model_dump(mode="json")})
-        if job.step.patience is None or not quantizes:
+        if job.step.patience is None:
             return trainer, len(trainer.curve), stopped
         store.take_best(trainer)
         return trainer, best, stopped

@@ -64,6 +64,12 @@ class PreparedTraining:
             return artifact_network(self.folder, self.start)
         return checkpoint_network(self.folder), None
 
+    def reference(self) -> Any:
+        """The float network that the training in full precision starts from."""
+        if self.step.init == "random":
+            return random_network(self.folder, self.spec.calibration.seed)
+        return checkpoint_network(self.folder)
+
 
 def prepare_training(spec: JobSpec, workspace: Workspace, progress: Progress) -> PreparedTraining:
     """Resolve the model, plan the job, read and process the images."""

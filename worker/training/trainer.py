@@ -19,6 +19,7 @@ from worker.training.data import TrainingImages, batch_count, batches, seed_of
 from worker.training.layers import FixedPointLayer, fixed_point_layers
 
 EVALUATED_AT_ONCE = 256  # images
+CHECKED = 32  # images whose logits are looked at after each epoch
 Warn = Callable[[str], None]
 
 
@@ -75,8 +76,13 @@ class Trainer:
             self.tell(index + 1)
         self._check_reached(reached, number)
         self._check_finite(number)
+        self._check_deployed(images, number)
         mean = (total / count).tolist()
         loss, accuracy = (None, None) if held is None else self.judge(held)
+        if loss is not None and not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"the validation loss after epoch {number + 1} is {loss}; lower learning_rate"
+            )
         report = EpochReport(
             epoch=number + 1,
             loss=mean[0],
@@ -166,6 +172,19 @@ class Trainer:
         for name, value in self.network.state_dict().items():
             if not bool(value.isfinite().all()):
                 raise TrainingDiverged(f"{name} is not finite after epoch {epoch + 1}; lower learning_rate")
+
+    def _check_deployed(self, images: TrainingImages, epoch: int) -> None:
+        """That the network computes numbers as it would be deployed. Raises TrainingDiverged, naming the layer.
+
+        Running averages of batch norm may be finite, but of another network than the weights are by now.
+        """
+        some = images.pixels(torch.arange(min(len(images), CHECKED)))
+        self.network.eval()
+        if not bool(self.logits(lambda part: some[part], len(some)).isfinite().all()):
+            layer = first_non_finite(self.network, some.to(self.device)) or "no layer on its own"
+            raise TrainingDiverged(
+                f"the logits after epoch {epoch + 1} hold NaN or infinity; {layer}; lower learning_rate"
+            )
 
     def _intervals(self) -> dict[str, dict[str, float]]:
         """Interval and errors of every layer, as EpochReport has them."""

@@ -153,10 +153,16 @@ def test_what_is_neither_json_nor_a_stream_is_406(client: TestClient, made: Jobs
 
 def test_logs_are_lines_of_text(client: TestClient, made: Jobs, sqlite_sessions: Any) -> None:
     claim = made.running()
-    extra = [("log", {"message": "two\nlines"}), ("warning", {"layer": "a", "damping": 0.1})]
+    extra = [
+        ("log", {"message": "two\nlines"}),
+        ("warning", {"layer": "a", "damping": 0.1}),
+        ("log", {"tail": "Killed\n"}),  # the end of what a child wrote
+    ]
     beat(sqlite_sessions, claim, State.CALIBRATING, 0, *extra)
     response = client.get(f"/v1/jobs/{claim.job_id}/logs")
     assert response.headers["Content-Type"] == "text/plain; charset=utf-8"
-    first, second = response.text.splitlines()
-    assert first.endswith("log     two lines")
-    assert second.endswith('warning {"layer": "a", "damping": 0.1}')
+    first, second, third, fourth = response.text.splitlines()
+    assert first.endswith(("Z log     two", "+00:00 log     two"))
+    assert second == first[: -len("two")] + "lines"
+    assert third.endswith('warning {"layer": "a", "damping": 0.1}')
+    assert fourth.endswith("log     Killed")

@@ -263,5 +263,5 @@ def test_smoothquant_is_refused_where_norms_feed_the_residual_stream(client: Tes
 def test_a_block_without_one_of_its_tensors(client: TestClient, root: Path) -> None:
     factories.edit_json(root / "vit" / "config.json", num_hidden_layers=3)
     dataset = uploaded(client, **WHOLE)
-    detail = refused(client, request(dataset, None), "model", "invalid-request")
+    detail = refused(client, request(dataset, None), "model", "model-refused")
     assert "says 3 blocks, the checkpoint holds 2" in detail

@@ -161,7 +161,7 @@ def test_images_have_the_channels_of_the_network(client: TestClient, root: Path)
 
 def test_a_checkpoint_that_is_another_network_is_refused(client: TestClient, root: Path) -> None:
     factories.edit_json(root / "resnet" / "config.json", widths=[8, 32])
-    said = refused(client, request(), "model", "invalid-request")
+    said = refused(client, request(), "model", "model-refused")
     assert "resnet.stages.1.0.layer.0.convolution.weight has the shape [16, 8, 3, 3]" in said
 
 

@@ -61,6 +61,11 @@ def test_what_is_no_range_is_ignored(header: str | None) -> None:
     assert parse(header, 100) == []
 
 
+def test_a_number_of_any_length_is_a_number() -> None:
+    with pytest.raises(NotSatisfiable):
+        parse("bytes=" + "9" * 25 + "-", 100)
+
+
 def test_units_and_spaces_are_read_loosely() -> None:
     assert parse("Bytes = 0-1 ,\t5-", 8) == [Span(0, 2), Span(5, 8)]
 

@@ -41,7 +41,7 @@ def test_a_submitted_job_reads_back_whole(sessions: sessionmaker[Session]) -> No
     assert job.state is State.QUEUED
     assert job.labels == {"team": "a-b.c"}
     assert job.created_at.tzinfo is not None
-    assert set(job.links) == {"self", "events", "attempts", "cancel"}
+    assert set(job.links) == {"self", "events", "logs", "attempts", "cancel"}
 
 
 def test_ids_sort_by_time(sessions: sessionmaker[Session]) -> None:

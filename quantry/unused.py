@@ -1,0 +1,66 @@
+"""Fields that nothing would look at, refused where a job is submitted: what is said should matter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from quantry.base import Model, SpecError
+from quantry.contract import DatasetRef, ModelRef
+from quantry.recipe import GptqStep, Step, TrainingStep
+
+if TYPE_CHECKING:
+    from quantry.requests import JobRequest
+
+_OF_THE_HUB = "only repositories of the hub have one: leave it out"
+
+
+def check_unused(model: ModelRef, request: JobRequest) -> None:
+    """Raises SpecError for the first field that differs from its default and does nothing."""
+    if model.source != "hub":
+        _refuse("model", model, {"revision": _OF_THE_HUB})
+    _check_dataset("calibration.dataset", request.calibration.dataset)
+    if request.evaluation is not None:
+        _check_dataset("evaluation.dataset", request.evaluation.dataset)
+    for index, step in enumerate(request.recipe or ()):
+        for name, reason in _idle(step):
+            owner, _, field = name.rpartition(".")
+            holder = getattr(step, owner) if owner else step
+            _refuse(".".join(filter(None, (f"recipe.{index}", owner))), holder, {field: reason})
+
+
+def _check_dataset(path: str, ref: DatasetRef) -> None:
+    if ref.source != "hub":
+        _refuse(path, ref, {"revision": _OF_THE_HUB, "file": _OF_THE_HUB})
+    if ref.source == "bundled":
+        reason = "a bundled text is read as it is: leave it out"
+        _refuse(path, ref, {"field": reason, "separator": reason})
+
+
+def _idle(step: Step) -> Iterator[tuple[str, str]]:
+    """The fields of a step that its other fields leave without effect, and why."""
+    if isinstance(step, GptqStep) and step.target == "plain":
+        yield "target_strength", "`target: plain` shifts nothing: leave it out"
+    if isinstance(step, TrainingStep):
+        yield from _idle_in_training(step)
+
+
+def _idle_in_training(step: TrainingStep) -> Iterator[tuple[str, str]]:
+    if step.schedule in ("cosine", "constant"):
+        for name in ("milestones", "decay"):
+            yield name, f"`schedule: {step.schedule}` has no steps: leave it out"
+    if step.patience is None:
+        yield "validation", "without `patience` no image is held out: leave it out"
+    if step.gradient is None:
+        return
+    if step.gradient.interval != "fixed":
+        yield "gradient.gamma", f"`interval: {step.gradient.interval}` finds its own: leave it out"
+    if step.gradient.interval != "large_gradient":
+        for name in ("beta", "warm_start"):
+            yield f"gradient.{name}", f"`interval: {step.gradient.interval}` does not move so: leave it out"
+
+
+def _refuse(path: str, holder: Model, idle: dict[str, str]) -> None:
+    for name, reason in idle.items():
+        if getattr(holder, name) != type(holder).model_fields[name].default:
+            raise SpecError(f"{path}.{name}", reason)

@@ -111,6 +111,8 @@ def test_a_sweep_that_died_goes_on_with_the_same_bits(recipe: tuple[Step, ...], 
 
     assert stored(tmp_path / "died") == stored(tmp_path / "whole")
     assert resumed.perplexity == whole.perplexity
+    kept = BlockStore(tmp_path / "died", "x").load(0, torch.device("cpu"))
+    assert resumed.cost.wall_s > kept.wall_s > 0  # the first attempt's seconds are counted, too
 
 
 def test_another_fingerprint_starts_over(tmp_path: Path) -> None:

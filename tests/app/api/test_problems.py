@@ -151,6 +151,23 @@ def test_a_text_too_short_for_the_windows_is_refused(client: TestClient, setting
     assert client.post("/v1/jobs", json=request).status_code == 202
 
 
+@pytest.mark.parametrize(
+    ("text", "type", "path"),
+    [
+        ("", "dataset-refused", "evaluation.dataset.id"),
+        ("a word", "invalid-request", "evaluation.sequence_length"),
+    ],
+)
+def test_an_evaluation_text_without_one_window_is_refused(
+    client: TestClient, settings: Any, text: str, type: str, path: str
+) -> None:
+    (settings.model_roots[0] / "short.txt").write_text(text)
+    dataset = {"source": "local", "id": "short.txt", "split": "all"}
+    request = {**REQUEST, "evaluation": {"dataset": dataset, "sequence_length": 16}}
+    body = check(client.post("/v1/jobs", json=request), 422, type)
+    assert body["errors"][0]["path"] == path
+
+
 def _truncate(folder: Any) -> None:
     os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size - 1)
 

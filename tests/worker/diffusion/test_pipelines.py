@@ -14,6 +14,7 @@ from diffusers import CMStochasticIterativeScheduler, DiTPipeline, StableDiffusi
 from safetensors.torch import load_file, save_file
 
 import quantry
+from quantry.diffusion import SIDECAR
 from quantry.jobs import Succeeded
 from quantry.layers.operands import attach
 from quantry.quantizers.activation import TokenQuantizer
@@ -21,7 +22,9 @@ from quantry.recipe import RtnStep, SvdquantStep
 from quantry.reports import Report
 from quantry.requests import JobRequest
 from worker.diffusion.conditions import UNSEEN, GuidedLabels, GuidedPrompts
+from worker.diffusion.prepare import prepare
 from worker.diffusion.quantizers import StepNetwork
+from worker.diffusion.rounding import LATENTS, TRAJECTORIES, calibration_latents
 from worker.diffusion.steps import read_steps
 from worker.diffusion.svdquant import fit_low_rank
 from worker.diffusion.trajectory import SeededNoise, sample
@@ -70,6 +73,36 @@ def prompts(**evaluation: Any) -> dict[str, Any]:
         "calibration": {"samples": 3, "dataset": seen},
         "evaluation": {"samples": 2, "dataset": unseen, **evaluation},
     }
+
+
+def test_a_pipeline_samples_with_the_scheduler_that_was_asked_for(tmp_path: Path) -> None:
+    """A DDIMPipeline makes a DDIMScheduler of any that it is given. The network has no middle block."""
+    pipelines.write_ddim(tmp_path / "roots" / "model", unet={"mid_block_type": None})
+    sampling = {"steps": 3, "scheduler": "ddpm", "timestep_sampler": "density"}
+    report = quantize(tmp_path, recipe=[{"method": "rtn", "bits": 4}], sampling=sampling)
+    assert report.trajectory is not None
+    assert report.trajectory.scheduler == "DDPMScheduler"
+    index = json.loads((tmp_path / "artifact" / "model_index.json").read_text())
+    assert index["_class_name"] == "DDPMPipeline"
+    sidecar = json.loads((tmp_path / "artifact" / SIDECAR).read_text())
+    assert sidecar["sampling"]["scheduler"] == "DDPMScheduler"
+
+
+def test_every_step_is_seen_by_many_trajectories(tmp_path: Path) -> None:
+    pipelines.write_ddim(tmp_path / "roots" / "model")
+    body = {
+        "model": {"source": "local", "id": "model"},
+        "recipe": [{"method": "rtn", "bits": 4}, {"method": "uniform", "bits": 8}],
+        "sampling": {"steps": 20},
+        "calibration": {"samples": 40},
+    }
+    workspace = Workspace(
+        artifact=tmp_path / "a", checkpoints=tmp_path / "c", cache=tmp_path, model_roots=(tmp_path / "roots",)
+    )
+    job = prepare(JobRequest.model_validate(body).resolve(), workspace, Progress(io.StringIO()))
+    found = calibration_latents(job)
+    assert sum(len(at.x) for at in found) == LATENTS
+    assert len({seed for at in found for seed in at.seeds}) == TRAJECTORIES
 
 
 def test_stable_diffusion_is_quantized_and_loads(tmp_path: Path) -> None:

@@ -122,3 +122,25 @@ def test_steps_that_the_scheduler_does_not_have_are_refused() -> None:
         read_steps(DDPMScheduler(clip_sample=False), 10, eta=0.5)
     with pytest.raises(RecipeError, match="steps_offset"):
         read_steps(DDIMScheduler(clip_sample=False, steps_offset=1), 1000)
+
+
+def test_a_spacing_that_makes_another_number_of_steps_is_refused() -> None:
+    """diffusers rounds 61 trailing steps over 1000 to 62, the last at timestep -1."""
+    scheduler = DDIMScheduler(clip_sample=False, timestep_spacing="trailing")
+    with pytest.raises(
+        RecipeError, match=r"trailing spacing of 61 steps over 1000 gives 62 timesteps, down to -1"
+    ):
+        read_steps(scheduler, 61)
+    assert len(read_steps(scheduler, 60)) == 60
+
+
+def test_all_of_the_noise_is_not_more_than_there_is() -> None:
+    """Without signal at the start, eta 1 leaves nothing of the noise but a rounding error."""
+    scheduler = DDIMScheduler(
+        num_train_timesteps=100,
+        clip_sample=False,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
+        rescale_betas_zero_snr=True,
+    )
+    assert all(step.sigma >= 0 for step in read_steps(scheduler, 7, eta=1.0))

@@ -105,3 +105,11 @@ def test_a_layer_with_few_gradients_is_inactive() -> None:
     assert not grid.active
     grid(torch.randn(1500, generator=noise()))
     assert grid.active
+
+
+def test_the_warm_start_leaves_an_inactive_layer_its_whole_range() -> None:
+    for count, gamma_is_1 in ((1499, True), (100_000, False)):
+        grid = quantizer(alpha=1e-2)
+        grid.warming = True
+        grid(torch.randn(count, generator=noise()))
+        assert bool(grid.gamma == 1) is gamma_is_1

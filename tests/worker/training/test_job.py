@@ -110,6 +110,9 @@ def test_a_killed_job_goes_on_with_the_same_curve_and_bytes(workspace: Workspace
     _, resumed = trained(killed, request, written)
     assert_same(whole, resumed)
     assert written.getvalue().count('"kind": "epoch"') < 4  # what was finished was not trained again
+    _, again = trained(killed, request)  # as after a kill behind the last epoch: nothing is left to train
+    for name, gradient in whole.gradients.items():
+        assert again.gradients[name].count == gradient.count > 0
 
 
 def kill_after_first_epoch(spec: Any, workspace: Workspace) -> None:

@@ -78,7 +78,7 @@ class BlockStore:
         }
         reports = tuple(LayerReport.model_validate(r) for r in json.loads(metadata["reports"]))
         report = BlockReport.model_validate_json(metadata["report"])
-        return FinishedBlock(layers, reports, report, *json.loads(metadata["seconds"]))
+        return FinishedBlock(layers, reports, report, *json.loads(metadata.get("seconds", "[]")))
 
     def layers(self, network: Network) -> Iterator[tuple[str, QuantizedLayer]]:
         """Every layer under its full name, block by block."""

@@ -43,7 +43,7 @@ class Checkpoints:
         )
         for name, signed in json.loads(metadata["signed"]).items():
             trainer.layers[name].signed = signed
-        for name, count in json.loads(metadata["gradients"]).items():
+        for name, count in json.loads(metadata.get("gradients", "{}")).items():
             trainer.gradients[name].count = count
         for kind in _KINDS:
             _restore(getattr(trainer, kind), kind, tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from datetime import timedelta
+from functools import partial
 
 from celery import Celery
 from sqlalchemy.exc import DBAPIError
@@ -16,17 +17,24 @@ log = logging.getLogger(__name__)
 
 
 def run_job(runner: Runner, worker: str, job_id: str) -> State | None:
-    """Look at the job that a doorbell names; a second doorbell finds nothing to claim."""
+    """Run the job that has waited longest: a doorbell says that there is one, not which.
+
+    So a job that lost its worker does not queue behind all that came after it. A second doorbell finds nothing.
+    """
     if runner.stopping.is_set():
         return None  # the dispatcher announces the job again, to a worker that stays
     settings = runner.settings
+    lease = timedelta(seconds=settings.lease_s)
     with runner.sessions() as session:
-        lease = timedelta(seconds=settings.lease_s)
-        claim = leases.claim(session, job_id, worker=worker, lease=lease, max_attempts=settings.max_attempts)
+        take = partial(leases.claim, session, worker=worker, lease=lease, max_attempts=settings.max_attempts)
+        claim = None
+        while claim is None and (first := leases.first_in_line(session)) is not None:
+            claim = take(first)  # None where another worker was quicker
+        claim = claim or take(job_id)  # its lease may have lapsed
     if claim is None:
         log.info("%s: nothing to claim", job_id)
         return None
-    log.info("%s: attempt %d begins", job_id, claim.epoch)
+    log.info("%s: attempt %d begins", claim.job_id, claim.epoch)
     return runner.run(claim)
 
 

@@ -115,6 +115,13 @@ def claim(
         return Claim(job_id, job.epoch, worker, spec, uploads, start)
 
 
+def first_in_line(session: Session, *, now: datetime | None = None) -> str | None:
+    """The queued job that was submitted first; a read that takes no lock."""
+    with transaction(session, write=False):
+        waits = (Job.state == State.QUEUED.value, Job.expires_at > (now or database.now(session)))
+        return session.scalar(select(Job.id).where(*waits).order_by(Job.created_at, Job.id).limit(1))
+
+
 def _uploads(session: Session, spec: JobSpec, owner: str) -> dict[str, tuple[str, str]]:
     texts: list[DatasetRef] = [spec.calibration.dataset]
     if spec.evaluation is not None:

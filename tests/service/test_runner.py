@@ -100,6 +100,16 @@ def test_success_publishes_files_and_quality(runner: Runner) -> None:
     assert published.read_text() == f"{job.id} attempt 1"
 
 
+def test_the_job_that_waits_longest_runs_first(runner: Runner) -> None:
+    """A job that is queued again is announced behind those that came later."""
+    first, second = submit(runner, "succeed"), submit(runner, "succeed")
+    run_job(runner, "w1", second)
+    assert [read(runner, job).state for job in (first, second)] == [State.SUCCEEDED, State.QUEUED]
+    run_job(runner, "w1", first)
+    assert read(runner, second).state == State.SUCCEEDED
+    assert run_job(runner, "w1", second) is None
+
+
 def test_events_tell_the_story_in_order(runner: Runner) -> None:
     job = run(runner, "succeed")
     told = events(runner, job.id)

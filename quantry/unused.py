@@ -23,10 +23,7 @@ def check_unused(model: ModelRef, request: JobRequest) -> None:
     if request.evaluation is not None:
         _check_dataset("evaluation.dataset", request.evaluation.dataset)
     for index, step in enumerate(request.recipe or ()):
-        for name, reason in _idle(step):
-            owner, _, field = name.rpartition(".")
-            holder = getattr(step, owner) if owner else step
-            _refuse(".".join(filter(None, (f"recipe.{index}", owner))), holder, {field: reason})
+        _refuse(f"recipe.{index}", step, dict(_idle(step)))
 
 
 def _check_dataset(path: str, ref: DatasetRef) -> None:
@@ -46,18 +43,12 @@ def _idle(step: Step) -> Iterator[tuple[str, str]]:
 
 
 def _idle_in_training(step: TrainingStep) -> Iterator[tuple[str, str]]:
+    """Not of `gradient`: its baselines are one word away from each other, whatever stands beside that word."""
     if step.schedule in ("cosine", "constant"):
         for name in ("milestones", "decay"):
             yield name, f"`schedule: {step.schedule}` has no steps: leave it out"
     if step.patience is None:
         yield "validation", "without `patience` no image is held out: leave it out"
-    if step.gradient is None:
-        return
-    if step.gradient.interval != "fixed":
-        yield "gradient.gamma", f"`interval: {step.gradient.interval}` finds its own: leave it out"
-    if step.gradient.interval != "large_gradient":
-        for name in ("beta", "warm_start"):
-            yield f"gradient.{name}", f"`interval: {step.gradient.interval}` does not move so: leave it out"
 
 
 def _refuse(path: str, holder: Model, idle: dict[str, str]) -> None:

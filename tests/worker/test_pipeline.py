@@ -205,7 +205,11 @@ def test_evaluating_on_the_calibration_text_is_refused_unless_allowed(workspace:
         ({"model": "local:absent"}, ModelNotFound, "absent is not below any"),
         ({"model": "bundled/absent"}, ModelNotFound, "there is no bundled model"),
         ({"model": "nobody/absent"}, ModelNotFound, "not in the cache, and the server is offline"),
-        ({"group_size": 24}, RecipeError, r"24 does not divide the 32 columns of .*; 16, 8 would divide"),
+        (
+            {"group_size": 24},
+            RecipeError,
+            r"24 does not divide the 32 columns of .*; 16, 8, 4, 2 would divide",
+        ),
         ({"bits": 4, "format": "gguf", "group_size": 32}, RecipeError, "48 columns"),
         (
             {

@@ -219,7 +219,7 @@ def test_patience_ends_training_and_keeps_the_best_epoch(workspace: Workspace) -
 
 
 def test_a_training_that_diverges_gives_the_last_good_epoch(workspace: Workspace) -> None:
-    explosive = {"learning_rate": 100, "weight_decay": 1, "epochs": 9}  # weights grow 99-fold a step
+    explosive = {"learning_rate": 11, "weight_decay": 1, "epochs": 9}  # weights grow tenfold a step
     outcome = train(workspace, training(workspace, step=explosive, evaluation=None))
     assert isinstance(outcome, Rejected)
     assert outcome.reason == "training-diverged"
@@ -245,10 +245,21 @@ def test_a_baseline_that_diverges_is_named_and_costs_no_network(workspace: Works
     outcome = train(workspace, training(workspace, step={"learning_rate": 100}))
     assert isinstance(outcome, Rejected)
     assert re.match(
-        r"the training in full precision .*: step .* leaves it out; .* after epoch 2", outcome.detail
+        r"the training in full precision .*: the logits after epoch 1 .* leaves it out; .* after epoch 2",
+        outcome.detail,
     )
     assert {row.fp for row in outcome.report.quality} == {None}
     assert (workspace.artifact / "model.safetensors").exists()
+
+
+def test_an_epoch_whose_network_computes_no_numbers_is_not_kept(workspace: Workspace) -> None:
+    """Every tensor is finite, and so is the loss of each step; batch norm in evaluation has other averages."""
+    explosive = {"learning_rate": 100, "weight_decay": 1}
+    with pytest.raises(
+        TrainingDiverged, match="the logits after epoch 1 hold NaN or infinity; the first layer"
+    ):
+        train(workspace, training(workspace, step=explosive, evaluation=None))
+    assert not list(workspace.artifact.glob("*"))
 
 
 def test_an_epoch_that_leaves_infinity_is_not_kept(workspace: Workspace) -> None:

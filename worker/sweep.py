@@ -236,7 +236,7 @@ class BlockSweep:
         nearest: nn.Module | None,
         streams: _Streams,
     ) -> tuple[LayerReport, ...]:
-        """Every layer's output error on held-out windows where there are some, else on calibration windows."""
+        """Every layer's output error on the first batch of held-out windows; none without evaluation."""
         errors = layer_errors(self.model, index, original, block, nearest, streams.evaluation)
         prefix = self.model.prefix(index)
         return tuple(_layer_report(join(prefix, name), name, block, errors) for name in block.layers)

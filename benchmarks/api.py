@@ -157,7 +157,7 @@ def publish_file(server: Server) -> str:
     sessions = make_sessions(make_engine(f"sqlite:///{server.data}/quantry.db"))
     storage = Storage(server.data / "storage")
     with sessions() as session:
-        job = jobs.submit(session, JobRequest(**REQUEST).resolve(), owner="bench")
+        job = jobs.submit(session, JobRequest(**REQUEST).resolve(), owner="bench")[0]
         claim = leases.claim(session, job.id, worker="bench")
     assert claim is not None
     part = storage.open_part(claim.job_id, claim.epoch)

@@ -51,7 +51,7 @@ def create_job(
             if job is not None:
                 return _shown(job, 202, _REPLAYED)
         prepared = prepare(request.resolve(), services.settings, session=session, owner=caller.owner)
-        job, new = jobs.submit_once(
+        job, new = jobs.submit(
             session,
             prepared.spec,
             owner=caller.owner,

@@ -45,28 +45,6 @@ def submit(
     request_sha256: str | None = None,
     max_unfinished: int | None = None,
     now: datetime | None = None,
-) -> Job:
-    """The job alone of `submit_once`."""
-    return submit_once(
-        session,
-        spec,
-        owner=owner,
-        idempotency_key=idempotency_key,
-        request_sha256=request_sha256,
-        max_unfinished=max_unfinished,
-        now=now,
-    )[0]
-
-
-def submit_once(
-    session: Session,
-    spec: JobSpec,
-    *,
-    owner: str,
-    idempotency_key: str | None = None,
-    request_sha256: str | None = None,
-    max_unfinished: int | None = None,
-    now: datetime | None = None,
 ) -> tuple[Job, bool]:
     """Store a job and announce it; and whether it is new. The announcement may be lost: the dispatcher repeats it.
 

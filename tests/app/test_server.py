@@ -55,7 +55,7 @@ def test_a_stop_ends_streams_and_long_polls_cleanly(
     with sqlite_sessions() as session:
         _, key = create_key(session, owner="alice", name="test")
     with sqlite_sessions() as session:
-        job = jobs.submit(session, JobRequest(model="bundled/opt-tiny", bits=4).resolve(), owner="alice")
+        job = jobs.submit(session, JobRequest(model="bundled/opt-tiny", bits=4).resolve(), owner="alice")[0]
     headers = {"X-API-Key": key, "Accept": "text/event-stream"}
     events = f"{url}/v1/jobs/{job.id}/events"
     with httpx2.stream("GET", events, headers=headers, timeout=60) as response:

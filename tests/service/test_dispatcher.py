@@ -68,7 +68,7 @@ def service(
 
 
 def submit(session: Session) -> str:
-    return jobs.submit(session, SPEC, owner=OWNER).id
+    return jobs.submit(session, SPEC, owner=OWNER)[0].id
 
 
 def test_a_submit_rings_once(service: Service) -> None:

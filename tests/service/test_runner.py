@@ -42,7 +42,7 @@ def runner(tmp_path: Path, sqlite_sessions: sessionmaker[Session], monkeypatch: 
 def submit(runner: Runner, behave: str, **options: object) -> str:
     request = {"model": "bundled/opt-tiny", "bits": 4, "labels": {"behave": behave}, **options}
     with runner.sessions() as session:
-        return jobs.submit(session, JobRequest.model_validate(request).resolve(), owner=OWNER).id
+        return jobs.submit(session, JobRequest.model_validate(request).resolve(), owner=OWNER)[0].id
 
 
 def read(runner: Runner, job_id: str) -> JobRead:

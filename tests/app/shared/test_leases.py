@@ -24,7 +24,7 @@ LATE = NOW + timedelta(seconds=61)
 
 def submit(session: Session, **limits: int) -> str:
     request = JobRequest(model="bundled/opt-tiny", bits=4, limits=Limits(**limits))
-    return jobs.submit(session, request.resolve(), owner=OWNER, now=NOW).id
+    return jobs.submit(session, request.resolve(), owner=OWNER, now=NOW)[0].id
 
 
 def claimed(session: Session, job_id: str, worker: str = "w1", now: datetime = NOW) -> Claim:
@@ -205,8 +205,8 @@ def test_claims_name_the_blobs_of_uploads(sessions: sessionmaker[Session]) -> No
         request = JobRequest.model_validate(
             {"model": "bundled/opt-tiny", "bits": 4, "calibration": calibration, "evaluation": None}
         )
-        mine = jobs.submit(session, request.resolve(), owner=OWNER, now=NOW).id
-        foreign = jobs.submit(session, request.resolve(), owner="other", now=NOW).id
+        mine = jobs.submit(session, request.resolve(), owner=OWNER, now=NOW)[0].id
+        foreign = jobs.submit(session, request.resolve(), owner="other", now=NOW)[0].id
         assert claimed(session, mine).uploads == {"ds_1": ("0" * 64, ".txt")}
         assert claimed(session, foreign).uploads == {}
 

@@ -129,7 +129,7 @@ class Life(RuleBasedStateMachine):
                 with pytest.raises(IdempotencyConflict):
                     jobs.submit(session, spec(bits), owner=OWNER, idempotency_key=key, now=self.now)
                 return known[0]
-            job = jobs.submit(session, spec(bits), owner=OWNER, idempotency_key=key, now=self.now)
+            job = jobs.submit(session, spec(bits), owner=OWNER, idempotency_key=key, now=self.now)[0]
         if known is not None:
             assert job.id == known[0]
         else:

@@ -196,9 +196,9 @@ def _json(name: str, read: Read) -> dict[str, Any]:
     return value
 
 
+_OF_SCHEDULER = {"DDIMScheduler": "DDIMPipeline", "DDPMScheduler": "DDPMPipeline"}
+
+
 def pipeline_for(pipeline: str, scheduler: str) -> str:
     """The class that samples with this scheduler; a DDIMPipeline makes a DDIMScheduler of any it is given."""
     return _OF_SCHEDULER.get(scheduler, pipeline) if pipeline in _OF_SCHEDULER.values() else pipeline
-
-
-_OF_SCHEDULER = {"DDIMScheduler": "DDIMPipeline", "DDPMScheduler": "DDPMPipeline"}

@@ -79,11 +79,12 @@ class JobRequest(Model):
             model = ModelRef.parse(self.model) if isinstance(self.model, str) else self.model
         except ValidationError as error:
             raise SpecError("model", f"{self.model!r}: {_spec_error(error)}") from error
-        check_unused(model, self)
         try:
-            return JobSpec(**{**rest, "model": model, "recipe": self.recipe or self._recipe()})
+            spec = JobSpec(**{**rest, "model": model, "recipe": self.recipe or self._recipe()})
         except ValidationError as error:
             raise _spec_error(error) from error
+        check_unused(spec)
+        return spec
 
     @model_validator(mode="after")
     def _one_form(self) -> Self:

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from quantry.base import Model, SpecError
-from quantry.contract import DatasetRef, ModelRef
+from quantry.contract import DatasetRef, JobSpec
 from quantry.recipe import GptqStep, Step, TrainingStep
-
-if TYPE_CHECKING:
-    from quantry.requests import JobRequest
 
 _OF_THE_HUB = "only repositories of the hub have one: leave it out"
 
 
-def check_unused(model: ModelRef, request: JobRequest) -> None:
+def check_unused(spec: JobSpec) -> None:
     """Raises SpecError for the first field that differs from its default and does nothing."""
-    if model.source != "hub":
-        _refuse("model", model, {"revision": _OF_THE_HUB})
-    _check_dataset("calibration.dataset", request.calibration.dataset)
-    if request.evaluation is not None:
-        _check_dataset("evaluation.dataset", request.evaluation.dataset)
-    for index, step in enumerate(request.recipe or ()):
+    if spec.model.source != "hub":
+        _refuse("model", spec.model, {"revision": _OF_THE_HUB})
+    _check_dataset("calibration.dataset", spec.calibration.dataset)
+    if spec.evaluation is not None:
+        _check_dataset("evaluation.dataset", spec.evaluation.dataset)
+    for index, step in enumerate(spec.recipe):
         _refuse(f"recipe.{index}", step, dict(_idle(step)))
 
 

@@ -58,11 +58,9 @@ class PreparedTraining:
 
     def network(self) -> tuple[Any, nn.Module | None]:
         """A float network at the start of training, and the artifact that it comes from, if from one."""
-        if self.step.init == "random":
-            return random_network(self.folder, self.spec.calibration.seed), None
         if self.start is not None:
             return artifact_network(self.folder, self.start)
-        return checkpoint_network(self.folder), None
+        return self.reference(), None
 
     def reference(self) -> Any:
         """The float network that the training in full precision starts from."""

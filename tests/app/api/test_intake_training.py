@@ -98,6 +98,8 @@ def test_layers_in_which_the_rule_is_inactive_are_listed(client: TestClient, roo
     [
         ({"step": {"init": OTHER_JOB}}, "recipe.0.init", "you have no job"),
         ({"step": {"batch_size": 1}}, "recipe.0.batch_size", "batch norm"),
+        ({"step": {"validation": 0.2}}, "recipe.0.validation", "without `patience`"),
+        ({"step": {"schedule": "cosine", "decay": 0.5}}, "recipe.0.decay", "has no steps"),
         ({"format": "gptq"}, "format", "use quantry or auto"),
         ({"compute_dtype": "bfloat16"}, "compute_dtype", "float32"),
         ({"group_size": 32}, "group_size", "one symmetric grid a layer"),

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx2
 import pytest
@@ -109,3 +110,10 @@ def live(server: str, keys: Keys) -> Iterator[httpx2.Client]:
     """A client of the real server, with a key of `alice`."""
     with httpx2.Client(base_url=server, headers=keys.make("alice"), timeout=20) as client:
         yield client
+
+
+@pytest.fixture
+def nothing_stays(client: TestClient) -> Any:
+    """No job with the label `kept` of a refused request."""
+    yield
+    assert client.get("/v1/jobs", params={"label": "kept:no"}).json()["items"] == []

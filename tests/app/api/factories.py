@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import torch
 from safetensors.torch import save_file
 from sqlalchemy.orm import Session, sessionmaker
@@ -90,7 +91,7 @@ class Jobs:
 
     def queued(self, owner: str = "alice", **fields: Any) -> str:
         with self.sessions() as session:
-            return jobs.submit(session, JobRequest(**{**REQUEST, **fields}).resolve(), owner=owner).id
+            return jobs.submit(session, JobRequest(**{**REQUEST, **fields}).resolve(), owner=owner)[0].id
 
     def running(self, owner: str = "alice", **fields: Any) -> Claim:
         job_id = self.queued(owner, **fields)
@@ -141,3 +142,15 @@ def make_report() -> Report:
         fingerprint="f",
         format="quantry",
     )
+
+
+def check(response: httpx2.Response, status: int, type: str) -> dict[str, Any]:
+    """The response is this problem, whole and well-formed."""
+    body: dict[str, Any] = response.json()
+    assert (response.status_code, body["type"]) == (status, f"/problems/{type}"), response.text
+    assert response.headers["Content-Type"] == "application/problem+json"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert body["status"] == status
+    assert body["title"]
+    assert body["detail"]
+    return body
